@@ -1,0 +1,97 @@
+"""The recipe of the alignment task: what fixes its numbers. Imports no torch, so that ``--help`` is quick."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cad_models.config import OptimConfig, Recipe, ScheduleConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Training-time changes of a point cloud."""
+
+    max_scale: float = 1.25
+    """Each axis is scaled by a factor drawn from [1/max_scale, max_scale]; 1 = off."""
+    max_shift: float = 0.1
+    """Each axis is shifted by at most this much, in radii of the object; 0 = off."""
+    max_rotation_deg: float = 0.0
+    """Rotation about the vertical axis, drawn from ± this; 0 = off (parts are stored upright, and so are their views)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentData:
+    """What is made of the raw files, and what training reads of it."""
+
+    num_points: int = 10_000
+    """Surface points stored for each object."""
+    num_views: int = 24
+    """Views rendered for training and for galleries."""
+    num_query_views: int = 6
+    """Views rendered from further cameras, for evaluation only."""
+    image_size: int = 224
+    """Width and height of rendered views, in pixels."""
+    encoder: str = "hog"
+    """Which frozen embeddings to read: the name given to embed.py."""
+    views_per_step: int = 0
+    """Views of each object drawn for a training step; 0 = all."""
+    augment: AugmentConfig = AugmentConfig()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentModel:
+    """Point encoder (ReConV2 style) and image head (mixture of experts)."""
+
+    size: Literal["tiny", "small", "base", "large"] = "tiny"
+    """Point encoder; tiny is for CPUs, the others are ReConV2's."""
+    channels: Literal["xyz", "xyz+normals"] = "xyz+normals"
+    """What the encoder sees of each point."""
+    num_points: int = 1_024
+    """Points that the encoder reads (a prefix of the stored farthest-point order)."""
+    embed_dim: int = 512
+    """Width of the shared embedding space."""
+    num_experts: int = 4
+    """Experts of the image head; 1 = one linear layer."""
+    top_k: int = 0
+    """Experts used for each image; 0 = all, weighted by a soft gate."""
+    drop_path: float = 0.1
+    """Largest probability of skipping a residual branch."""
+    patch_dropout: float = 0.0
+    """Share of the point patches left out in training; evaluation sees all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentLoss:
+    """Multi-positive contrastive loss, both directions."""
+
+    temperature: float = 0.07
+    """Initial (and, unless learned, constant) temperature."""
+    learned_temperature: bool = False
+    """Whether the temperature is trained."""
+    balance_weight: float = 0.0
+    """Weight of the experts' load-balance loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentRecipe(Recipe):
+    """Everything that fixes the numbers of an alignment run."""
+
+    data: AlignmentData = AlignmentData()
+    model: AlignmentModel = AlignmentModel()
+    loss: AlignmentLoss = AlignmentLoss()
+
+
+RECIPE = AlignmentRecipe(
+    batch_size=32,
+    optim=OptimConfig(lr=5e-4, head_lr=2e-3, weight_decay=0.05, grad_clip_norm=10.0, ema_decay=0.99),
+    schedule=ScheduleConfig(num_epochs=40, num_warmup_epochs=2.0),
+)
+"""Defaults that reproduce the figures in this room's README on two CPU cores."""
+
+SMOKE = AlignmentRecipe(
+    batch_size=8,
+    optim=OptimConfig(lr=1e-3, head_lr=2e-3, ema_decay=0.9),
+    schedule=ScheduleConfig(num_epochs=2, num_warmup_epochs=0.5),
+    data=AlignmentData(num_points=512, num_views=6, num_query_views=3, image_size=96),
+    model=AlignmentModel(num_points=256, embed_dim=64, num_experts=2),
+)
+"""The same code in seconds."""

@@ -1,0 +1,442 @@
+"""The dataset folder: co-partitioned Parquet part files, their manifest, the quarantine. No ray here; works in a notebook.
+
+::
+
+    <dataset>/
+      objects/part-00000.parquet ...               one row an object
+      views/part-00000.parquet ...                 the same objects in the same order: encoded images, cameras
+      embeddings/<encoder>/part-00000.parquet ...  the same again: float16 [views, width]
+      embeddings/<encoder>/manifest.json
+      quarantine.parquet                           source, reason, detail
+      manifest.json                                written last: its existence means completion
+
+Tensors are stored as (fixed-size) binary columns with dtype and shape in the field's metadata: read 7-10 x faster than Parquet lists. For a
+human-friendly table use :func:`to_numpy` on a column, as ``to_numpy(folder.read_part("objects", 0), "points")``.
+
+A folder may lie on a local disk or behind any URI that ``pyarrow.fs`` knows (``s3://bucket/ds``). Every file is written under a temporary name
+and renamed, so that a reader never sees a half-written one.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
+
+from cad_models.common.meshes import MESH_REASONS
+from cad_models.config import json_digest
+
+SCHEMA_VERSION = 1
+
+REASONS: tuple[str, ...] = tuple(
+    dict.fromkeys(
+        (
+            *MESH_REASONS,
+            "timeout",
+            "out_of_memory",
+            "crashed",
+            "unreadable",
+            "no_views",
+            "bad_image",
+            "no_model",
+            "duplicate_id",
+            "failed",
+        )
+    )
+)
+"""The closed list of quarantine reasons: what can be wrong with a mesh, then what can happen around it."""
+
+QUARANTINE_SCHEMA = pa.schema([("source", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
+
+# Rows of a row group: small enough that a shuffled reader may take single groups, large enough to read at full speed.
+ROW_GROUP_SIZE = 16
+
+
+class DatasetError(ValueError):
+    """The dataset folder is not what the job needs; the message names the file and the remedy."""
+
+
+# --- tensor columns -----------------------------------------------------------------------------------------------------------------------
+def tensor_field(name: str, dtype: str, shape: Sequence[int]) -> pa.Field:
+    """A column of tensors: ``shape`` without the row axis; a first -1 means that it differs from row to row."""
+    shape = tuple(shape)
+    fixed = all(n >= 0 for n in shape)
+    width = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    kind = pa.binary(width) if fixed else pa.binary()
+    return pa.field(name, kind, nullable=False, metadata={"dtype": dtype, "shape": json.dumps(list(shape))})
+
+
+def tensor_array(field: pa.Field, values: Iterable[np.ndarray]) -> pa.Array:
+    """The Arrow column of ``values`` (one array a row).
+
+    Raises:
+        ValueError: a value's shape is not the field's.
+    """
+    dtype, shape = _tensor_type(field)
+    cells = []
+    for value in values:
+        value = np.ascontiguousarray(value, dtype=dtype)
+        if value.ndim != len(shape) or any(want not in (-1, have) for want, have in zip(shape, value.shape, strict=True)):
+            raise ValueError(f"column {field.name!r} holds tensors of shape {shape}, got {value.shape}")
+        cells.append(value.tobytes())
+    return pa.array(cells, type=field.type)
+
+
+def to_numpy(table: pa.Table, name: str) -> np.ndarray | list[np.ndarray]:
+    """A tensor column as one array ``[rows, *shape]``, or as a list of arrays when the shape differs from row to row. Read-only views."""
+    field = table.schema.field(name)
+    dtype, shape = _tensor_type(field)
+    if -1 in shape:
+        return [np.frombuffer(cell.as_buffer(), dtype=dtype).reshape(shape) for cell in table.column(name)]
+    if table.num_rows == 0:
+        return np.zeros((0, *shape), dtype=dtype)
+    chunks = []
+    for chunk in table.column(name).chunks:
+        width = chunk.type.byte_width
+        buffer = chunk.buffers()[1].slice(chunk.offset * width, len(chunk) * width)
+        chunks.append(np.frombuffer(buffer, dtype=dtype).reshape(len(chunk), *shape))
+    return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
+
+
+def _tensor_type(field: pa.Field) -> tuple[np.dtype, tuple[int, ...]]:
+    metadata = field.metadata or {}
+    if b"dtype" not in metadata or b"shape" not in metadata:
+        raise DatasetError(f"column {field.name!r} is not a tensor column: its metadata name no dtype and shape")
+    return np.dtype(metadata[b"dtype"].decode()), tuple(json.loads(metadata[b"shape"]))
+
+
+# --- storage ------------------------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Folder:
+    """A folder on a local disk or behind a URI; all names below it are relative, with ``/``. Picklable."""
+
+    uri: str
+
+    def __post_init__(self) -> None:
+        if "://" not in self.uri:
+            # Train workers run elsewhere than the driver: only absolute paths mean the same to both.
+            object.__setattr__(self, "uri", os.path.abspath(os.path.expanduser(self.uri)))
+
+    @cached_property
+    def _filesystem(self) -> tuple[pa.fs.FileSystem, str]:
+        if self.is_local:
+            return pa.fs.LocalFileSystem(), self.uri.rstrip("/")
+        filesystem, root = pa.fs.FileSystem.from_uri(self.uri)
+        return filesystem, root.rstrip("/")
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"uri": self.uri}
+
+    def __setstate__(self, state: dict[str, str]) -> None:
+        object.__setattr__(self, "uri", state["uri"])
+
+    def __truediv__(self, name: str) -> "Folder":
+        return Folder(f"{self.uri.rstrip('/')}/{name}")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether plain file functions reach it."""
+        return "://" not in self.uri
+
+    def path(self, name: str) -> str:
+        """The full name of a file below the folder, for messages and for plain file functions when local."""
+        return f"{self.uri.rstrip('/')}/{name}"
+
+    def _inner(self, name: str) -> str:
+        return f"{self._filesystem[1]}/{name}" if name else self._filesystem[1]
+
+    def exists(self, name: str = "") -> bool:
+        """Whether a file or folder of that name is there."""
+        info = self._filesystem[0].get_file_info(self._inner(name))
+        return info.type != pa.fs.FileType.NotFound
+
+    def names(self, name: str = "") -> list[str]:
+        """Sorted names of the files and folders directly below ``name``; empty when it is not there."""
+        selector = pa.fs.FileSelector(self._inner(name), allow_not_found=True)
+        return sorted(info.base_name for info in self._filesystem[0].get_file_info(selector))
+
+    def files(self) -> list[str]:
+        """Sorted names, relative to the folder, of all files below it at any depth."""
+        selector = pa.fs.FileSelector(self._inner(""), recursive=True)
+        start = len(self._inner("")) + 1
+        return sorted(info.path[start:] for info in self._filesystem[0].get_file_info(selector) if info.type == pa.fs.FileType.File)
+
+    def read_bytes(self, name: str) -> bytes:
+        """A file's content. Raises FileNotFoundError."""
+        with self._filesystem[0].open_input_stream(self._inner(name)) as stream:
+            return stream.read()
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Write a file whole or not at all: temporary name, flush to disk, rename."""
+        filesystem = self._filesystem[0]
+        target = self._inner(name)
+        parent, _, base = target.rpartition("/")
+        filesystem.create_dir(parent, recursive=True)
+        if not self.is_local:
+            # Object stores publish an object when its upload completes: already all or nothing.
+            with filesystem.open_output_stream(target) as stream:
+                stream.write(data)
+            return
+        temporary = f"{parent}/.{base}.tmp-{uuid.uuid4().hex}"
+        try:
+            with open(temporary, "wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, target)
+        finally:
+            if os.path.exists(temporary):
+                os.remove(temporary)
+
+    def remove_leftovers(self, name: str = "") -> None:
+        """Delete temporary files that a killed writer left directly below ``name``. Only for a folder's single owner."""
+        for base in self.names(name):
+            if base.startswith(".") and ".tmp-" in base:
+                self.delete(f"{name}/{base}" if name else base)
+
+    def delete(self, name: str) -> None:
+        """Delete a file or a folder with all below it; nothing happens when it is not there."""
+        filesystem = self._filesystem[0]
+        info = filesystem.get_file_info(self._inner(name))
+        if info.type == pa.fs.FileType.Directory:
+            filesystem.delete_dir(self._inner(name))
+        elif info.type == pa.fs.FileType.File:
+            filesystem.delete_file(self._inner(name))
+
+    def read_json(self, name: str) -> Any:
+        """A JSON file. Raises FileNotFoundError, or DatasetError naming the file when it is not JSON."""
+        try:
+            return json.loads(self.read_bytes(name))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise DatasetError(f"{self.path(name)} is not valid JSON ({error}): delete it and run the job that writes it again") from error
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write JSON, with sorted keys, so that equal values are equal bytes."""
+        self.write_bytes(name, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+
+
+# --- parts --------------------------------------------------------------------------------------------------------------------------------
+def part_name(index: int) -> str:
+    """``part-00000.parquet``."""
+    return f"part-{index:05d}.parquet"
+
+
+@dataclass(frozen=True)
+class PartInfo:
+    """What the manifest says of one file."""
+
+    num_rows: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class DatasetFolder:
+    """A dataset folder, by path or URI. Picklable; methods read and write single files and keep nothing in memory."""
+
+    uri: str
+
+    @cached_property
+    def folder(self) -> Folder:
+        """The storage below."""
+        return Folder(self.uri)
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"uri": self.uri}
+
+    def __setstate__(self, state: dict[str, str]) -> None:
+        object.__setattr__(self, "uri", state["uri"])
+
+    def write_part(self, kind: str, index: int, table: pa.Table, *, key: str, notes: dict[str, Any] | None = None) -> PartInfo:
+        """Write part ``index`` of the folder ``kind`` (``objects``, ``views``, ``embeddings/<encoder>``), atomically and reproducibly.
+
+        Args:
+            table: The rows, in the objects' order.
+            key: Digest of everything the part was made from; :meth:`part_notes` gives nothing for a part with another key.
+            notes: JSON values kept in the file's footer, for the job that writes the manifest.
+        """
+        metadata = dict(table.schema.metadata or {}) | {b"key": key.encode(), b"notes": json.dumps(notes or {}, sort_keys=True).encode()}
+        sink = pa.BufferOutputStream()
+        pq.write_table(
+            table.replace_schema_metadata(metadata),
+            sink,
+            row_group_size=ROW_GROUP_SIZE,
+            compression="none",
+            # Statistics and dictionaries of binary tensors would copy them into the footer.
+            use_dictionary=False,
+            write_statistics=False,
+        )
+        data = sink.getvalue().to_pybytes()
+        self.folder.write_bytes(f"{kind}/{part_name(index)}", data)
+        return PartInfo(table.num_rows, hashlib.sha256(data).hexdigest())
+
+    def part_notes(self, kind: str, index: int, *, key: str) -> dict[str, Any] | None:
+        """The notes of a finished part with this key; None if it is missing, unreadable or made from something else."""
+        name = f"{kind}/{part_name(index)}"
+        try:
+            with self.folder._filesystem[0].open_input_file(self.folder._inner(name)) as source:
+                metadata = pq.read_schema(source).metadata or {}
+        except (FileNotFoundError, pa.ArrowInvalid, OSError):
+            return None
+        if metadata.get(b"key") != key.encode():
+            return None
+        return json.loads(metadata.get(b"notes", b"{}"))
+
+    def part_info(self, kind: str, index: int) -> PartInfo:
+        """Row count and digest of a part file, read from its bytes. Raises DatasetError when it is missing or broken."""
+        data = self._part_bytes(kind, index)
+        return PartInfo(self._open(data, kind, index).metadata.num_rows, hashlib.sha256(data).hexdigest())
+
+    def read_part(self, kind: str, index: int, columns: list[str] | None = None) -> pa.Table:
+        """Part ``index`` of ``kind`` as a table.
+
+        Raises:
+            DatasetError: the file is missing or broken, or lacks a column; the message names it.
+        """
+        name = f"{kind}/{part_name(index)}"
+        try:
+            with self.folder._filesystem[0].open_input_file(self.folder._inner(name)) as source:
+                reader = pq.ParquetFile(source)
+                if columns is not None:
+                    lacking = [c for c in columns if c not in reader.schema_arrow.names]
+                    if lacking:
+                        raise DatasetError(f"{self.folder.path(name)} has no column {', '.join(lacking)}: made by another version? run prepare again")
+                return reader.read(columns=columns)
+        except FileNotFoundError as error:
+            raise DatasetError(f"{self.folder.path(name)} is missing: run the job that writes it again (only missing parts are recomputed)") from error
+        except pa.ArrowInvalid as error:
+            raise DatasetError(f"{self.folder.path(name)} is broken ({error}): delete it and run the job that writes it again") from error
+
+    def read_aligned(self, index: int, columns: dict[str, list[str]]) -> dict[str, pa.Table]:
+        """Part ``index`` of several folders side by side: ``{"objects": [...], "embeddings/hog": [...]}``.
+
+        Raises:
+            DatasetError: the folders' parts do not hold the same objects in the same order; the message names both files.
+        """
+        tables: dict[str, pa.Table] = {}
+        first: tuple[str, list[str]] | None = None
+        for kind, names in columns.items():
+            table = self.read_part(kind, index, ["object_id", *[n for n in names if n != "object_id"]])
+            ids = table.column("object_id").to_pylist()
+            if first is None:
+                first = (kind, ids)
+            elif ids != first[1]:
+                raise DatasetError(
+                    f"{self.folder.path(first[0])}/{part_name(index)} ({len(first[1])} objects) and {self.folder.path(kind)}/{part_name(index)} "
+                    f"({len(ids)}) do not hold the same objects in the same order: run embed.py again on this dataset"
+                )
+            tables[kind] = table
+        return tables
+
+    def _part_bytes(self, kind: str, index: int) -> bytes:
+        try:
+            return self.folder.read_bytes(f"{kind}/{part_name(index)}")
+        except FileNotFoundError as error:
+            raise DatasetError(f"{self.folder.path(kind)}/{part_name(index)} is missing") from error
+
+    def _open(self, data: bytes, kind: str, index: int) -> pq.ParquetFile:
+        try:
+            return pq.ParquetFile(pa.BufferReader(data))
+        except pa.ArrowInvalid as error:
+            raise DatasetError(f"{self.folder.path(kind)}/{part_name(index)} is broken: {error}") from error
+
+    # manifests ----------------------------------------------------------------------------------------------------------------------------
+    def manifest(self) -> "Manifest":
+        """The dataset's manifest.
+
+        Raises:
+            DatasetError: there is none; the message tells whether the folder is missing or merely not finished.
+        """
+        try:
+            value = self.folder.read_json("manifest.json")
+        except (FileNotFoundError, NotADirectoryError) as error:
+            state = "is not finished (no manifest.json)" if self.folder.exists("objects") else "is not a dataset folder"
+            raise DatasetError(f"--dataset {self.uri}: {state}: run `python rayjobs/prepare.py --dataset {self.uri} --source ...`") from error
+        if value.get("schema_version") != SCHEMA_VERSION:
+            raise DatasetError(
+                f"{self.folder.path('manifest.json')} has schema version {value.get('schema_version')!r}, this program reads {SCHEMA_VERSION}: "
+                "prepare the dataset again"
+            )
+        return Manifest(**{f.name: value[f.name] for f in dataclasses.fields(Manifest)})
+
+    def write_manifest(self, manifest: "Manifest") -> None:
+        """Write the manifest; call it last."""
+        self.folder.write_json("manifest.json", {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(manifest)})
+
+    def embeddings_manifest(self, encoder: str) -> "EmbeddingsManifest":
+        """The manifest of ``embeddings/<encoder>/`` (``encoder`` is the folder's name).
+
+        Raises:
+            DatasetError: those embeddings are missing or not finished; the message lists what is there.
+        """
+        try:
+            value = self.folder.read_json(f"embeddings/{encoder}/manifest.json")
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise DatasetError(
+                f"{self.uri} has no finished embeddings {encoder!r} (it has {', '.join(self.encoders()) or 'none'}): "
+                f"run `python rayjobs/embed.py --dataset {self.uri} --encoder ...`"
+            ) from error
+        return EmbeddingsManifest(**{f.name: value[f.name] for f in dataclasses.fields(EmbeddingsManifest)})
+
+    def encoders(self) -> list[str]:
+        """Folder names of the finished embeddings."""
+        return [name for name in self.folder.names("embeddings") if self.folder.exists(f"embeddings/{name}/manifest.json")]
+
+    def quarantine(self) -> list[dict[str, str]]:
+        """The quarantined sources: dicts with source, reason, detail."""
+        return pq.read_table(pa.BufferReader(self.folder.read_bytes("quarantine.parquet"))).to_pylist()
+
+    def write_quarantine(self, rows: Sequence[dict[str, str]]) -> None:
+        """Write ``quarantine.parquet``, sorted by source. Raises ValueError for a reason outside ``REASONS``."""
+        for row in rows:
+            if row["reason"] not in REASONS:
+                raise ValueError(f"{row['source']}: {row['reason']!r} is not one of the quarantine reasons")
+        table = pa.Table.from_pylist(sorted(rows, key=lambda r: (r["source"], r["reason"], r["detail"])), schema=QUARANTINE_SCHEMA)
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink)
+        self.folder.write_bytes("quarantine.parquet", sink.getvalue().to_pybytes())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """``manifest.json``: what the dataset is. Holds no times or paths, so that equal datasets have equal manifests."""
+
+    task: str
+    settings: dict[str, Any]
+    """``Task.prepare_settings`` and the split's settings that made it."""
+    settings_digest: str
+    parts: list[dict[str, Any]]
+    """One dict a part: ``{"num_rows": int, "splits": {"train": int, ...}, "objects": sha256, "views": sha256}``."""
+    num_objects: int
+    num_groups: int
+    num_quarantined: int
+    num_ignored: int
+    splits: dict[str, int]
+    """Objects in each split."""
+
+    @property
+    def digest(self) -> str:
+        """Identifies the dataset's content: settings and every part's digest."""
+        return json_digest([self.task, self.settings_digest, self.parts])
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingsManifest:
+    """``embeddings/<encoder>/manifest.json``."""
+
+    encoder: str
+    """The encoder's name as given to ``embed.py``."""
+    encoder_digest: str
+    width: int
+    dataset_digest: str
+    """Digest of the dataset whose views were embedded."""
+    parts: list[dict[str, Any]]
+    """One dict a part: ``{"num_rows": int, "sha256": str, "max_views": int}``."""
