@@ -1,0 +1,99 @@
+"""From the command line to a job: ``--task`` picks the recipe, dotted flags change it, mistakes end with a hint and exit status 2.
+
+A job is a frozen dataclass with the fields ``task`` and ``recipe``. Its recipe's flags carry no prefix: ``--model.num-experts 8 --optim.lr 3e-4``.
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from cad_models.config import Recipe
+from cad_models.tasks import TASKS
+
+RecipeFlags = Annotated[Recipe, tyro.conf.arg(name="")]
+"""Type of a job's ``recipe``: its flags stand at the top level."""
+
+SMOKE_HELP = "the task's smoke recipe: the same code in seconds on a CPU"
+
+# Exit status of a run that was asked to stop and left a checkpoint: the same command goes on (EX_TEMPFAIL of sysexits.h).
+EXIT_STOPPED = 75
+
+Job = TypeVar("Job")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where runs and registered models go; MLFLOW_TRACKING_URI, when set, wins over ``folder``."""
+
+    folder: str = "outputs/mlflow"
+    """Folder of the embedded MLflow: mlflow.db and artifacts/."""
+    experiment: str = ""
+    """MLflow experiment; empty = cad-<task>."""
+    registered_model: str = ""
+    """Registered model's name; empty = cad-<task>."""
+
+
+def parse_job(job_type: type[Job], argv: Sequence[str] | None = None, **defaults: Any) -> Job:
+    """The job that a command line asks for.
+
+    Args:
+        job_type: Frozen dataclass with ``task: str`` and ``recipe: RecipeFlags``; required fields default to ``tyro.MISSING``.
+        argv: Arguments without the program's name; None = the process's own.
+        defaults: Field values that replace the dataclass's defaults.
+
+    Exits with status 2 after a hint for an unknown task, an unknown flag or a value of the wrong type.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    task_name, smoke = _task_of(arguments)
+    task = TASKS[task_name]
+    recipe = task.smoke if smoke else task.recipe
+    return tyro.cli(
+        job_type,
+        args=arguments,
+        default=job_type(task=task_name, recipe=recipe, smoke=smoke, **defaults),
+        description=sys.modules[job_type.__module__].__doc__,
+    )
+
+
+def _task_of(arguments: list[str]) -> tuple[str, bool]:
+    """First stage: only ``--task`` and ``--smoke``, which decide the defaults of all other flags."""
+    name, smoke = next(iter(TASKS)), False
+    named = False
+    for i, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        if flag == "--task":
+            name, named = (value if equals else (arguments[i + 1] if i + 1 < len(arguments) else "")), True
+        elif flag in ("--smoke", "--no-smoke"):
+            smoke = flag == "--smoke"
+    if named and name not in TASKS:
+        close = difflib.get_close_matches(name, TASKS, n=1)
+        hint = f"; did you mean --task {close[0]}?" if close else ""
+        print(f"error: --task {name!r} is none of {', '.join(sorted(TASKS))}{hint}", file=sys.stderr)
+        raise SystemExit(2)
+    return name, smoke
+
+
+def run_job(job_type: type[Job], main: Callable[[Job], int | None], argv: Sequence[str] | None = None) -> None:
+    """Parse, run, and turn a user's mistake into one line and exit status 1 (Ctrl-C: 130).
+
+    Exit status 0 is success; `EXIT_STOPPED` means stopped on request, with a checkpoint. CAD_TRACEBACK=1 shows where an error came from.
+    """
+    job = parse_job(job_type, argv)
+    try:
+        status = main(job)
+    except (ValueError, FileNotFoundError, PermissionError) as error:
+        if os.environ.get("CAD_TRACEBACK") == "1":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        status = 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from what is finished", file=sys.stderr)
+        status = 130
+    sys.stdout.flush()
+    sys.stderr.flush()
+    raise SystemExit(status or 0)
