@@ -189,8 +189,9 @@ class Task(ABC):
         """Co-partitioned tables of one part -> model-ready arrays, no larger than the model needs. Runs in parallel, without torch."""
 
     @abstractmethod
-    def collate(self, columns: Columns, recipe: Recipe, *, train: bool, rng: np.random.Generator) -> "dict[str, torch.Tensor]":
-        """Arrays -> tensors of a batch; augmentation only if ``train``."""
+    def collate(self, columns: Columns, recipe: Recipe, *, rngs: Sequence[np.random.Generator] | None) -> "dict[str, torch.Tensor]":
+        """Arrays -> tensors of a batch. ``rngs``: one generator an object for augmentation, so that an object's augmentation does not depend
+        on its neighbours or on the number of workers; None = evaluation, nothing random."""
 
     @abstractmethod
     def learner(self, recipe: Recipe, signature: dict[str, Any]) -> "Learner":
@@ -206,5 +207,5 @@ class Task(ABC):
         """Metrics of a whole split (never a mean over batches), without the split's prefix: ``image_to_mesh/recall@3``."""
 
     @abstractmethod
-    def combine(self, members: Sequence[Predictions], *, rule: str = "concatenate") -> Predictions:
+    def combine(self, members: Sequence[Predictions], *, rule: str = "concatenate", weights: Sequence[float] | None = None) -> Predictions:
         """The ensemble rule: the members' predictions of the same objects -> one."""

@@ -3,13 +3,14 @@
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
-from cad_models.alignment.recipe import AlignmentRecipe
+from cad_models.alignment.recipe import AlignmentRecipe, AugmentConfig
 from cad_models.common.images import BadImage, decode_image, encode_png
 from cad_models.common.meshes import MESH_SUFFIXES, BadMesh, Mesh, geometry_signature, load_mesh, mesh_facts, normalized
 from cad_models.common.points import fps_order, sample_surface, seed_of
@@ -306,48 +307,44 @@ def examples(tables: dict[str, pa.Table], recipe: AlignmentRecipe) -> Columns:
     return columns
 
 
-def collate(columns: Columns, recipe: AlignmentRecipe, *, train: bool, rng: np.random.Generator) -> "dict[str, torch.Tensor]":
-    """Arrays of a batch -> tensors ``points``, ``views``, ``view_mask`` and, for evaluation, ``query_views``, ``query_mask``, ``group``."""
+def collate(columns: Columns, recipe: AlignmentRecipe, *, rngs: Sequence[np.random.Generator] | None) -> "dict[str, torch.Tensor]":
+    """Arrays of a batch -> tensors ``points``, ``group``, ``views`` and ``view_mask`` (training) or ``query_views`` and ``query_mask``."""
     import torch
 
-    points = columns["points"]
-    if train:
-        points = _augmented(points, recipe, rng)
-    names = ("views",) if train else ("views", "query_views")
-    batch = {"points": torch.from_numpy(np.array(points, dtype=np.float32)), "group": torch.from_numpy(columns["group"].copy())}
-    for name in names:
-        views, count = columns[name].astype(np.float32), columns[f"num_{name}"]
-        if train and 0 < recipe.data.views_per_step < views.shape[1]:
-            views, count = _draw_views(views, count, recipe.data.views_per_step, rng)
-        batch[name] = torch.from_numpy(views)
-        mask_name = "view_mask" if name == "views" else "query_mask"
-        batch[mask_name] = torch.from_numpy(np.arange(views.shape[1])[None, :] < count[:, None])
-    return batch
+    name = "query_views" if rngs is None else "views"
+    points, views, count = columns["points"], columns[name].astype(np.float32), columns[f"num_{name}"]
+    if rngs is not None:
+        points = np.stack([_augmented(cloud, recipe.data.augment, rng) for cloud, rng in zip(points, rngs, strict=True)])
+        if 0 < recipe.data.views_per_step < views.shape[1]:
+            views, count = _draw_views(views, count, recipe.data.views_per_step, rngs)
+    return {
+        "points": torch.from_numpy(np.array(points, dtype=np.float32)),
+        "group": torch.from_numpy(np.array(columns["group"])),
+        name: torch.from_numpy(views),
+        "query_mask" if rngs is None else "view_mask": torch.from_numpy(np.arange(views.shape[1])[None, :] < count[:, None]),
+    }
 
 
-def _draw_views(views: np.ndarray, count: np.ndarray, wanted: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _draw_views(
+    views: np.ndarray, count: np.ndarray, wanted: int, rngs: Sequence[np.random.Generator]
+) -> tuple[np.ndarray, np.ndarray]:
     drawn = np.zeros((len(views), wanted, views.shape[2]), dtype=views.dtype)
-    for row, source, n in zip(drawn, views, count, strict=True):
+    for row, source, n, rng in zip(drawn, views, count, rngs, strict=True):
         chosen = rng.permutation(n)[:wanted]
         row[: len(chosen)] = source[chosen]
     return drawn, np.minimum(count, wanted)
 
 
-def _augmented(points: np.ndarray, recipe: AlignmentRecipe, rng: np.random.Generator) -> np.ndarray:
+def _augmented(cloud: np.ndarray, augment: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
     """Per-axis scale, shift and rotation about the vertical axis; normals turn by the inverse transpose, so they stay normal."""
-    n = len(points)
-    augment = recipe.data.augment
-    scale = rng.uniform(1 / augment.max_scale, augment.max_scale, (n, 1, 3)).astype(np.float32)
-    shift = rng.uniform(-augment.max_shift, augment.max_shift, (n, 1, 3)).astype(np.float32)
-    angle = np.deg2rad(rng.uniform(-augment.max_rotation_deg, augment.max_rotation_deg, n))
-    rotation = np.zeros((n, 3, 3), dtype=np.float32)
-    rotation[:, 0, 0] = rotation[:, 1, 1] = np.cos(angle)
-    rotation[:, 1, 0] = np.sin(angle)
-    rotation[:, 0, 1] = -rotation[:, 1, 0]
-    rotation[:, 2, 2] = 1
-    moved = (points[..., :3] * scale + shift) @ rotation.transpose(0, 2, 1)
-    if points.shape[2] == 3:
+    scale = np.exp(rng.uniform(-1, 1, 3) * np.log(augment.max_scale)).astype(np.float32)
+    shift = rng.uniform(-augment.max_shift, augment.max_shift, 3).astype(np.float32)
+    angle = np.deg2rad(rng.uniform(-augment.max_rotation_deg, augment.max_rotation_deg))
+    cos, sin = np.cos(angle), np.sin(angle)
+    rotation = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]], dtype=np.float32)
+    moved = (cloud[:, :3] * scale + shift) @ rotation.T
+    if cloud.shape[1] == 3:
         return moved
-    normals = (points[..., 3:6] / scale) @ rotation.transpose(0, 2, 1)
-    normals /= np.maximum(np.linalg.norm(normals, axis=2, keepdims=True), 1e-12)
-    return np.concatenate([moved, normals], axis=2)
+    normals = (cloud[:, 3:6] / scale) @ rotation.T
+    normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-12)
+    return np.concatenate([moved, normals], axis=1)

@@ -11,7 +11,7 @@ class AugmentConfig:
     """Training-time changes of a point cloud."""
 
     max_scale: float = 1.25
-    """Each axis is scaled by a factor drawn from [1/max_scale, max_scale]; 1 = off."""
+    """Each axis is scaled by a factor drawn log-uniformly from [1/max_scale, max_scale]; 1 = off."""
     max_shift: float = 0.1
     """Each axis is shifted by at most this much, in radii of the object; 0 = off."""
     max_rotation_deg: float = 0.0

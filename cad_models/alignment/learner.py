@@ -1,0 +1,107 @@
+"""Point encoder, image head and loss as one module: what the training loop drives and what a checkpoint holds."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cad_models.alignment.loss import MultiPositiveContrastiveLoss
+from cad_models.alignment.model import MixtureOfExperts, PointEncoder, parameter_groups
+from cad_models.alignment.model_config import HeadConfig, point_encoder_config
+from cad_models.alignment.recipe import AlignmentRecipe
+from cad_models.task import Learner
+
+_FILES = {"moe": "image_head", "pc_encoder": "point_encoder"}
+
+
+class AlignmentLearner(nn.Module, Learner):
+    """Aligns a point encoder and a head on frozen image embeddings in one space.
+
+    Args:
+        image_width: Width of the frozen embeddings.
+    """
+
+    def __init__(self, recipe: AlignmentRecipe, image_width: int):
+        super().__init__()
+        model = recipe.model
+        self.point_encoder = PointEncoder(
+            point_encoder_config(
+                model.size, channels=model.channels, embed_dim=model.embed_dim, drop_path=model.drop_path, patch_dropout=model.patch_dropout
+            )
+        )
+        self.image_head = MixtureOfExperts(
+            HeadConfig(num_experts=model.num_experts, top_k=model.top_k, balance_weight=recipe.loss.balance_weight),
+            in_dim=image_width,
+            embed_dim=model.embed_dim,
+        )
+        self.loss = MultiPositiveContrastiveLoss(recipe.loss.temperature, learned=recipe.loss.learned_temperature)
+
+    def optimizers(self, recipe: AlignmentRecipe) -> dict[str, torch.optim.Optimizer]:
+        """AdamW: head and temperature with ``head_lr``, the point encoder with ``lr``."""
+        optim = recipe.optim
+        groups = parameter_groups(self, lr=optim.lr, head_lr=optim.head_lr, weight_decay=optim.weight_decay)
+        return {"model": torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)}
+
+    def forward(self, batch: dict[str, Tensor], turn: str) -> dict[str, Tensor]:
+        """Contrastive loss of this worker's objects against those of all workers, plus the experts' telemetry."""
+        cad = self.point_encoder(batch["points"])
+        mask = batch["view_mask"]
+        # Only real views go through the head: padding would count in the experts' load.
+        projected, telemetry = self.image_head(batch["views"][mask])
+        image = projected.new_zeros(*mask.shape, projected.shape[1])
+        image[mask] = projected
+        contrastive = self.loss(cad.float(), image.float(), mask, batch["group"])
+        scalars = {f"moe/{name}": value for name, value in telemetry.items()}
+        auxiliary = scalars.pop("moe/loss", None)
+        loss = contrastive if auxiliary is None else contrastive + auxiliary
+        return {"loss": loss, "contrastive": contrastive.detach(), "temperature": 1 / self.loss.scale.detach(), **scalars}
+
+    def predict(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``cad`` [n, dim], ``query`` [n, views, dim] (zeros where an object has fewer views), ``num_queries`` [n], ``group`` [n]."""
+        mask = batch["query_mask"]
+        projected = self.embed_images(batch["query_views"][mask])
+        query = projected.new_zeros(*mask.shape, projected.shape[1])
+        query[mask] = projected
+        return {"cad": self.embed_cad(batch["points"]), "query": query, "num_queries": mask.sum(1), "group": batch["group"]}
+
+    def embed_cad(self, points: Float[Tensor, "batch num_points channels"]) -> Float[Tensor, "batch dim"]:
+        """Unit embeddings of point clouds."""
+        return self.point_encoder(points).float()
+
+    def embed_images(self, embeddings: Float[Tensor, "rows image_width"]) -> Float[Tensor, "rows dim"]:
+        """Unit embeddings of frozen image embeddings."""
+        return self.image_head(embeddings)[0].float()
+
+    def artifacts(self) -> dict[str, dict[str, Tensor]]:
+        """``moe`` (with a learned temperature in it) and ``pc_encoder``."""
+        files = {name: dict(getattr(self, module).state_dict()) for name, module in _FILES.items()}
+        files["moe"] |= {f"loss.{key}": value for key, value in self.loss.state_dict().items()}
+        return files
+
+    def load_artifacts(self, artifacts: Mapping[str, dict[str, Tensor]]) -> None:
+        """Raises ValueError naming file and keys that are missing, unknown or of another shape."""
+        for name, own in self.artifacts().items():
+            given = artifacts[name]
+            problems = [f"lacks {key}" for key in own.keys() - given.keys()]
+            problems += [f"has the unknown {key}" for key in given.keys() - own.keys()]
+            problems += [
+                f"{key} has shape {list(given[key].shape)}, the recipe makes {list(value.shape)}"
+                for key, value in own.items()
+                if key in given and given[key].shape != value.shape
+            ]
+            if problems:
+                raise ValueError(f"{name}.safetensors does not fit: {'; '.join(sorted(problems)[:5])}")
+            prefix = "loss."
+            getattr(self, _FILES[name]).load_state_dict({k: v for k, v in given.items() if not k.startswith(prefix)})
+            if name == "moe":
+                self.loss.load_state_dict({k.removeprefix(prefix): v for k, v in given.items() if k.startswith(prefix)})
+
+
+def build(recipe: AlignmentRecipe, signature: dict[str, Any]) -> AlignmentLearner:
+    """The learner for data of this signature. Raises ValueError naming both sides where recipe and signature differ."""
+    for name, wanted in (("num_points", recipe.model.num_points), ("channels", recipe.model.channels)):
+        if signature[name] != wanted:
+            raise ValueError(f"the recipe's model.{name} is {wanted!r}, the signature says {signature[name]!r}")
+    return AlignmentLearner(recipe, signature["image_width"])

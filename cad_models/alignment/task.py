@@ -1,0 +1,134 @@
+"""The task *alignment*: image <-> 3D CAD retrieval. Imports no torch until a learner is asked for."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cad_models.alignment.recipe import RECIPE, SMOKE, AlignmentRecipe
+from cad_models.task import Columns, Inspection, Learner, Listing, Predictions, RawItem, Reject, Row, Score, Task
+
+
+def search_space(trial: Any) -> dict[str, Any]:
+    """What ``tune.py`` searches: experts and how many of them answer, temperature, learning rates, width.
+
+    Args:
+        trial: An ``optuna.Trial``.
+    """
+    num_experts = trial.suggest_categorical("model.num_experts", [1, 2, 4, 8, 16])
+    values = {
+        "model.num_experts": num_experts,
+        "model.embed_dim": trial.suggest_categorical("model.embed_dim", [256, 512, 1024]),
+        "loss.temperature": trial.suggest_float("loss.temperature", 0.02, 0.2, log=True),
+        "optim.lr": trial.suggest_float("optim.lr", 1e-4, 2e-3, log=True),
+        "optim.head_lr": trial.suggest_float("optim.head_lr", 3e-4, 1e-2, log=True),
+    }
+    if num_experts > 1:
+        # As a share of the experts, so that the parameter's range does not depend on their number: TPE models it better so.
+        share = trial.suggest_categorical("top_k_share", ["all", "half", "one"])
+        values["model.top_k"] = {"all": 0, "half": num_experts // 2, "one": 1}[share]
+    return values
+
+
+class AlignmentTask(Task):
+    """See ``cad_models/alignment/README.md``."""
+
+    name = "alignment"
+    recipe = RECIPE
+    smoke = SMOKE
+    score = Score(name="val/recall@3", mode="max")
+    best_metrics = {
+        "mean": "val/recall@3",
+        "image_to_mesh": "val/image_to_mesh/recall@3",
+        "mesh_to_image": "val/mesh_to_image/recall@3",
+    }
+    search_space = staticmethod(search_space)
+
+    def list_raw(self, source: str) -> Listing:
+        from cad_models.alignment.data import list_source
+
+        return list_source(source)
+
+    def inspect(self, item: RawItem, recipe: AlignmentRecipe) -> Inspection | Reject:
+        from cad_models.alignment.data import inspect_item
+
+        return inspect_item(item)
+
+    def duplicates(self, inspections: Sequence[Inspection]) -> list[int]:
+        from cad_models.common.meshes import group_duplicates
+
+        return group_duplicates([i.signature for i in inspections], [i.size for i in inspections]).tolist()
+
+    def prepare(self, item: RawItem, recipe: AlignmentRecipe) -> Row | Reject:
+        from cad_models.alignment.data import prepare_item
+
+        return prepare_item(item, recipe)
+
+    def prepare_settings(self, recipe: AlignmentRecipe) -> dict[str, Any]:
+        data = recipe.data
+        return {
+            "num_points": data.num_points,
+            "num_views": data.num_views,
+            "num_query_views": data.num_query_views,
+            "image_size": data.image_size,
+        }
+
+    def schemas(self, recipe: AlignmentRecipe) -> dict[str, pa.Schema]:
+        from cad_models.alignment.data import schemas
+
+        return schemas(recipe)
+
+    def columns(self, recipe: AlignmentRecipe) -> dict[str, list[str]]:
+        points = ["points", "normals"] if "normals" in recipe.model.channels else ["points"]
+        return {"objects": points, "embeddings": ["embeddings", "query_embeddings"]}
+
+    def examples(self, tables: dict[str, pa.Table], recipe: AlignmentRecipe) -> Columns:
+        from cad_models.alignment.data import examples
+
+        return examples(tables, recipe)
+
+    def collate(self, columns: Columns, recipe: AlignmentRecipe, *, rngs: Sequence[np.random.Generator] | None) -> dict[str, Any]:
+        from cad_models.alignment.data import collate
+
+        return collate(columns, recipe, rngs=rngs)
+
+    def learner(self, recipe: AlignmentRecipe, signature: dict[str, Any]) -> Learner:
+        from cad_models.alignment.learner import build
+
+        return build(recipe, signature)
+
+    def signature(self, recipe: AlignmentRecipe, dataset: dict[str, Any]) -> dict[str, Any]:
+        embeddings = dataset["embeddings"]
+        return {
+            "axes": "z-up, centred on the surface's centroid, radius 1",
+            "channels": recipe.model.channels,
+            "num_points": recipe.model.num_points,
+            "num_stored_points": dataset["manifest"].settings["num_points"],
+            "encoder": embeddings.encoder,
+            "encoder_digest": embeddings.encoder_digest,
+            "image_width": embeddings.width,
+            "dataset_digest": dataset["manifest"].digest,
+        }
+
+    def evaluate(self, predictions: Predictions) -> dict[str, float]:
+        from cad_models.alignment.metrics import retrieval_metrics
+
+        return retrieval_metrics(predictions)
+
+    def combine(self, members: Sequence[Predictions], *, rule: str = "concatenate", weights: Sequence[float] | None = None) -> Predictions:
+        """Concatenates the members' unit vectors, scaled by the square roots of their weights: the inner product of two such vectors is the
+        weighted mean of the members' cosines, so one index serves. ``mean`` averages the vectors instead, as the source system does; that
+        means something only for members that share their axes (as checkpoints of one run)."""
+        first = members[0]
+        share = np.full(len(members), 1 / len(members)) if weights is None else np.asarray(weights, dtype=np.float64) / np.sum(weights)
+        combined = {}
+        for name in ("cad", "query"):
+            if rule == "concatenate":
+                combined[name] = np.concatenate([m[name] * np.float32(np.sqrt(w)) for m, w in zip(members, share, strict=True)], axis=-1)
+            elif rule == "mean":
+                mean = sum(m[name] * np.float32(w) for m, w in zip(members, share, strict=True))
+                combined[name] = mean / np.maximum(np.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)
+            else:
+                raise ValueError(f"--combine {rule!r} is none of concatenate, mean")
+        return {**combined, "num_queries": first["num_queries"], "group": first["group"]}

@@ -1,0 +1,242 @@
+"""The dataset folder as training and evaluation streams.
+
+Co-partitioned part files are read side by side and turned into model-ready arrays (`Task.examples`) by Ray Data tasks, anywhere in the cluster.
+What fits the cache budget is materialised once in Ray's object store and shared by all workers and trials without a copy; what does not
+streams through windows of a few parts, so that memory does not grow with the dataset. Either way the order is `cad_models.order`'s: it
+depends on seed and epoch only, and any step can be resumed.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+
+from cad_models.common.encoders import encoder_folder
+from cad_models.config import Recipe
+from cad_models.dataset import DatasetError, DatasetFolder, EmbeddingsManifest, Manifest
+from cad_models.order import StreamOrder, WholeOrder, Window, num_shards, shuffled
+from cad_models.task import Columns, Task
+from cad_models.tasks import TASKS
+
+ROW_KEY = "row_key"
+"""Column that numbers every object of a dataset: part * 2**20 + row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """A dataset folder opened for one recipe: manifests checked against each other. Picklable."""
+
+    uri: str
+    task: str
+    manifest: Manifest
+    embeddings: EmbeddingsManifest | None
+
+    @property
+    def digest(self) -> str:
+        """Identifies content and embeddings."""
+        return self.manifest.digest if self.embeddings is None else f"{self.manifest.digest}-{self.embeddings.encoder_digest[:8]}"
+
+    @property
+    def signature_inputs(self) -> dict[str, Any]:
+        """What `Task.signature` reads."""
+        return {"manifest": self.manifest, "embeddings": self.embeddings}
+
+
+def open_dataset(uri: str, task: Task, recipe: Recipe) -> Dataset:
+    """Open a dataset folder for a task and a recipe.
+
+    Raises:
+        DatasetError: unfinished, of another task, without the embeddings that the recipe names, or with embeddings of another state.
+    """
+    folder = DatasetFolder(uri)
+    manifest = folder.manifest()
+    if manifest.task != task.name:
+        raise DatasetError(f"--dataset {uri} was prepared for --task {manifest.task}, not for --task {task.name}")
+    embeddings = None
+    if "embeddings" in task.columns(recipe):
+        encoder = recipe.data.encoder
+        embeddings = folder.embeddings_manifest(encoder_folder(encoder))
+        if embeddings.dataset_digest != manifest.digest:
+            raise DatasetError(
+                f"embeddings/{encoder_folder(encoder)} were made from dataset {embeddings.dataset_digest}, --dataset {uri} is now {manifest.digest}: "
+                f"run `python rayjobs/embed.py --dataset {uri} --encoder {encoder}` again (only changed parts are recomputed)"
+            )
+        for index, (ours, theirs) in enumerate(zip(manifest.parts, embeddings.parts, strict=False)):
+            if ours["num_rows"] != theirs["num_rows"]:
+                raise DatasetError(f"part {index}: objects/ has {ours['num_rows']} rows, embeddings/{encoder_folder(encoder)}/ has {theirs['num_rows']}")
+        if len(manifest.parts) != len(embeddings.parts):
+            raise DatasetError(f"objects/ has {len(manifest.parts)} parts, embeddings/{encoder_folder(encoder)}/ has {len(embeddings.parts)}: run embed.py again")
+    return Dataset(uri=uri, task=task.name, manifest=manifest, embeddings=embeddings)
+
+
+def read_examples(dataset: Dataset, recipe: Recipe, split: str, index: int) -> Columns:
+    """The objects of one split in one part, model-ready, with their ``row_key``."""
+    task = TASKS[dataset.task]
+    kinds = task.columns(recipe)
+    named = {f"embeddings/{encoder_folder(recipe.data.encoder)}" if kind == "embeddings" else kind: kind for kind in kinds}
+    objects = ["split", "group_id", *kinds.get("objects", [])]
+    wanted = {name: (objects if kind == "objects" else kinds[kind]) for name, kind in named.items()}
+    tables = DatasetFolder(dataset.uri).read_aligned(index, wanted)
+    keep = np.flatnonzero(np.array(tables["objects"].column("split").to_pylist(), dtype=object) == split)
+    if len(keep) < tables["objects"].num_rows:
+        tables = {name: table.take(keep) for name, table in tables.items()}
+    columns = task.examples({named[name]: table for name, table in tables.items()}, recipe)
+    columns[ROW_KEY] = keep.astype(np.int64) + index * 2**20
+    return columns
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitStream:
+    """One split of a dataset as batches; travels to workers. ``blocks`` are references into the object store when it is cached."""
+
+    dataset: Dataset
+    recipe: Recipe
+    split: str
+    blocks: list[Any] = field(default_factory=list)
+
+    @property
+    def part_rows(self) -> list[int]:
+        """Rows of the split in each part."""
+        return [part["splits"].get(self.split, 0) for part in self.dataset.manifest.parts]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the split."""
+        return sum(self.part_rows)
+
+    def cached(self, budget_bytes: int) -> "SplitStream":
+        """The same stream, materialised in Ray's object store if that takes no more than ``budget_bytes``. Needs Ray."""
+        parts = [p for p, rows in enumerate(self.part_rows) if rows]
+        if not parts:
+            return self
+        first = read_examples(self.dataset, self.recipe, self.split, parts[0])
+        row_bytes = sum(_num_bytes(column) for column in first.values()) / max(1, len(first[ROW_KEY]))
+        if row_bytes * self.num_rows > budget_bytes:
+            return self
+        dataset, recipe, split = self.dataset, self.recipe, self.split
+
+        def load(batch: dict[str, np.ndarray]) -> Columns:
+            return concatenated([read_examples(dataset, recipe, split, int(p)) for p in batch["part"]])
+
+        blocks = _ordered([{"part": p} for p in parts]).map_batches(load, batch_size=None, num_cpus=0.25).materialize()
+        # Only the references: the blocks stay where the tasks put them, and readers on the same node map them without a copy.
+        return replace(self, blocks=blocks.get_internal_block_refs())
+
+    def num_steps(self, epoch: int, batch_size: int, world_size: int) -> int:
+        """Optimiser steps of an epoch; the same on every worker."""
+        if self.blocks or not ray.is_initialized():
+            return WholeOrder(self.num_rows, batch_size, self.recipe.seed).num_steps
+        return StreamOrder(self.part_rows, batch_size, self.recipe.seed).num_steps(epoch, world_size)
+
+    def batches(self, epoch: int, batch_size: int, rank: int, world_size: int, *, first_step: int = 0) -> Iterator[Columns]:
+        """A worker's shares of the global batches of an epoch, from ``first_step`` on."""
+        if self.blocks or not ray.is_initialized():
+            rows = self._rows()
+            order = WholeOrder(self.num_rows, batch_size, self.recipe.seed)
+            for step in range(first_step, order.num_steps):
+                chosen = order.rows(epoch, step, rank, world_size)
+                yield {name: column[chosen] for name, column in rows.items()}
+        else:
+            yield from self._streamed(epoch, batch_size, rank, world_size, first_step)
+
+    def parts(self, rank: int, world_size: int) -> Iterator[Columns]:
+        """The split in dataset order, one part after the other; a worker gets every ``world_size``-th part. For evaluation."""
+        present = [p for p, rows in enumerate(self.part_rows) if rows]
+        for i in range(rank, len(present), world_size):
+            yield _block(self.blocks[i]) if self.blocks else read_examples(self.dataset, self.recipe, self.split, present[i])
+
+    def _rows(self) -> Columns:
+        # Kept on the instance of this process: a worker concatenates the split once, not once an epoch.
+        if "rows" not in self.__dict__:
+            if self.blocks:
+                columns = [_block(ref) for ref in self.blocks]
+            else:
+                columns = [read_examples(self.dataset, self.recipe, self.split, p) for p, rows in enumerate(self.part_rows) if rows]
+            self.__dict__["rows"] = concatenated(columns)
+        return self.__dict__["rows"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "rows"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def _streamed(self, epoch: int, batch_size: int, rank: int, world_size: int, first_step: int) -> Iterator[Columns]:
+        shards = num_shards(batch_size, world_size)
+        share = batch_size // shards
+        order = StreamOrder(self.part_rows, batch_size, self.recipe.seed)
+        num_steps = order.num_steps(epoch, world_size)
+        mine = range(rank, shards, world_size)
+        first_row = first_step * share
+        windows = [w for shard in mine for w in order.windows(epoch, shards)[shard] if w.start < num_steps * share]
+        windows = [w for w in windows if w.start + sum(self.part_rows[p] for p in w.parts) > first_row]
+        # In the order of need: all shards advance together.
+        windows.sort(key=lambda w: (w.start, w.shard))
+        if not windows:
+            return
+        buffers: dict[int, Columns] = {}
+        position: dict[int, int] = defaultdict(lambda: first_row)
+        queue = zip(windows, self._read_windows(windows), strict=True)
+        for _ in range(first_step, num_steps):
+            shares = []
+            for shard in mine:
+                while shard not in buffers or len(buffers[shard][ROW_KEY]) < share:
+                    window, columns = next(queue)
+                    if window.start < position[window.shard]:  # resumed within this window
+                        skipped = position[window.shard] - window.start
+                        columns = {name: column[skipped:] for name, column in columns.items()}
+                    position[window.shard] = window.start + sum(self.part_rows[p] for p in window.parts)
+                    held = buffers.get(window.shard)
+                    buffers[window.shard] = columns if held is None else concatenated([held, columns])
+                shares.append({name: column[:share] for name, column in buffers[shard].items()})
+                buffers[shard] = {name: column[share:] for name, column in buffers[shard].items()}
+            yield concatenated(shares)
+
+    def _read_windows(self, windows: list[Window]) -> Iterator[Columns]:
+        dataset, recipe, split = self.dataset, self.recipe, self.split
+
+        def load(batch: dict[str, np.ndarray]) -> Columns:
+            window = windows[int(batch["window"][0])]
+            columns = concatenated([read_examples(dataset, recipe, split, p) for p in window.parts])
+            order = shuffled(len(columns[ROW_KEY]), window)
+            return {name: column[order] for name, column in columns.items()}
+
+        pipeline = _ordered([{"window": i} for i in range(len(windows))]).map_batches(load, batch_size=1, num_cpus=0.25)
+        for batch in pipeline.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2):
+            yield dict(batch)
+
+
+def _ordered(items: list[dict[str, Any]]) -> "ray.data.Dataset":
+    context = ray.data.DataContext.get_current()
+    # Ray Data yields results as they come unless told so; the order of objects must not depend on who was faster.
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    return ray.data.from_items(items, override_num_blocks=len(items))
+
+
+def _block(reference: Any) -> Columns:
+    block = ray.get(reference)
+    return dict(ray.data.block.BlockAccessor.for_block(block).to_batch_format("numpy"))
+
+
+def concatenated(pieces: list[Columns]) -> Columns:
+    """Columns one after the other; where later axes differ (the number of views), shorter ones are padded with zeros at the end."""
+    if len(pieces) == 1:
+        return pieces[0]
+    result: Columns = {}
+    for name in pieces[0]:
+        arrays = [np.asarray(piece[name]) for piece in pieces]
+        trailing = {a.shape[1:] for a in arrays}
+        if len(trailing) > 1:
+            target = tuple(max(sizes) for sizes in zip(*trailing, strict=True))
+            arrays = [np.pad(a, [(0, 0)] + [(0, t - s) for t, s in zip(target, a.shape[1:], strict=True)]) for a in arrays]
+        result[name] = np.concatenate(arrays)
+    return result
+
+
+def _num_bytes(column: np.ndarray) -> int:
+    return sum(map(len, column.tolist())) if column.dtype == object else column.nbytes
