@@ -17,14 +17,19 @@ A folder may lie on a local disk or behind any URI that ``pyarrow.fs`` knows (``
 and renamed, so that a reader never sees a half-written one.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
+import re
+import shutil
+import tempfile
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -107,6 +112,23 @@ def to_numpy(table: pa.Table, name: str) -> np.ndarray | list[np.ndarray]:
     return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
 
 
+def build_table(schema: pa.Schema, rows: Sequence[dict[str, Any]]) -> pa.Table:
+    """The table of ``rows``, one dict each with a value for every column of ``schema`` (arrays for tensor columns; other keys are left out).
+
+    Raises:
+        ValueError: a tensor's shape is not its column's, or a column holds 2 GiB or more.
+    """
+    arrays = []
+    for field in schema:
+        values = [row[field.name] for row in rows]
+        is_tensor = b"dtype" in (field.metadata or {})
+        array = tensor_array(field, values) if is_tensor else pa.array(values, type=field.type)
+        if isinstance(array, pa.ChunkedArray):
+            raise ValueError(f"column {field.name!r} of {len(rows)} rows takes 2 GiB or more: use smaller parts (--objects-per-part)")
+        arrays.append(array)
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
 def _tensor_type(field: pa.Field) -> tuple[np.dtype, tuple[int, ...]]:
     metadata = field.metadata or {}
     if b"dtype" not in metadata or b"shape" not in metadata:
@@ -170,6 +192,11 @@ class Folder:
         start = len(self._inner("")) + 1
         return sorted(info.path[start:] for info in self._filesystem[0].get_file_info(selector) if info.type == pa.fs.FileType.File)
 
+    def state(self, name: str) -> str:
+        """Size and modification time of a file, which tell whether it changed; empty when it is not there."""
+        info = self._filesystem[0].get_file_info(self._inner(name))
+        return f"{info.size}:{info.mtime_ns}" if info.type == pa.fs.FileType.File else ""
+
     def read_bytes(self, name: str) -> bytes:
         """A file's content. Raises FileNotFoundError."""
         with self._filesystem[0].open_input_stream(self._inner(name)) as stream:
@@ -196,6 +223,61 @@ class Folder:
         finally:
             if os.path.exists(temporary):
                 os.remove(temporary)
+
+    def publish(self, name: str, directory: Path) -> None:
+        """Make a finished local directory appear as ``name``, replacing what was there. Locally a reader sees the old or the new folder;
+        a kill between the two renames is mended by :meth:`recover`."""
+        if not self.is_local:
+            for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+                self.write_bytes(f"{name}/{path.relative_to(directory).as_posix()}", path.read_bytes())
+            return
+        target = Path(self.path(name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fresh, old = target.parent / f".{target.name}.new", target.parent / f".{target.name}.old"
+        self.recover(name)
+        shutil.rmtree(fresh, ignore_errors=True)
+        # Copied, then flushed: the scratch folder may lie on another disk.
+        shutil.copytree(directory, fresh)
+        for path in fresh.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as stream:
+                    os.fsync(stream.fileno())
+        if target.exists():
+            os.replace(target, old)
+        os.replace(fresh, target)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def recover(self, name: str) -> None:
+        """Put back the folder that :meth:`publish` had moved away when it was killed. Nothing happens otherwise."""
+        if not self.is_local:
+            return
+        target = Path(self.path(name))
+        old = target.parent / f".{target.name}.old"
+        if old.exists():
+            if target.exists():
+                shutil.rmtree(old)
+            else:
+                os.replace(old, target)
+
+    @contextlib.contextmanager
+    def fetched(self, name: str) -> Iterator[Path]:
+        """The folder ``name`` as a local directory; a remote one is copied for the time of the ``with`` block.
+
+        Raises:
+            FileNotFoundError: it is not there.
+        """
+        if not self.exists(name):
+            raise FileNotFoundError(f"{self.path(name)} is not there")
+        if self.is_local:
+            yield Path(self.path(name))
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            inner = self / name
+            for file in inner.files():
+                target = Path(scratch) / file
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(inner.read_bytes(file))
+            yield Path(scratch)
 
     def remove_leftovers(self, name: str = "") -> None:
         """Delete temporary files that a killed writer left directly below ``name``. Only for a folder's single owner."""
@@ -225,6 +307,9 @@ class Folder:
 
 
 # --- parts --------------------------------------------------------------------------------------------------------------------------------
+_PART_NAME = re.compile(r"part-(\d{5,})\.parquet")
+
+
 def part_name(index: int) -> str:
     """``part-00000.parquet``."""
     return f"part-{index:05d}.parquet"
@@ -273,6 +358,8 @@ class DatasetFolder:
             # Statistics and dictionaries of binary tensors would copy them into the footer.
             use_dictionary=False,
             write_statistics=False,
+            # A flipped bit in an uncompressed page would otherwise read as data.
+            write_page_checksum=True,
         )
         data = sink.getvalue().to_pybytes()
         self.folder.write_bytes(f"{kind}/{part_name(index)}", data)
@@ -291,12 +378,28 @@ class DatasetFolder:
         return json.loads(metadata.get(b"notes", b"{}"))
 
     def part_info(self, kind: str, index: int) -> PartInfo:
-        """Row count and digest of a part file, read from its bytes. Raises DatasetError when it is missing or broken."""
-        data = self._part_bytes(kind, index)
-        return PartInfo(self._open(data, kind, index).metadata.num_rows, hashlib.sha256(data).hexdigest())
+        """Row count and digest of a part file, after reading all of it and its checksums. Raises DatasetError when it is missing or broken."""
+        name = f"{kind}/{part_name(index)}"
+        try:
+            data = self.folder.read_bytes(name)
+        except FileNotFoundError as error:
+            raise DatasetError(f"{self.folder.path(name)} is missing: run the job that writes it again") from error
+        try:
+            num_rows = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read().num_rows
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DatasetError(f"{self.folder.path(name)} is broken ({error}): delete it and run the job that writes it again") from error
+        return PartInfo(num_rows, hashlib.sha256(data).hexdigest())
 
-    def read_part(self, kind: str, index: int, columns: list[str] | None = None) -> pa.Table:
-        """Part ``index`` of ``kind`` as a table.
+    def drop_parts(self, kind: str, first: int) -> int:
+        """Delete the part files of ``kind`` from number ``first`` on, and temporary files that a killed writer left; returns how many parts."""
+        self.folder.remove_leftovers(kind)
+        stale = [name for name in self.folder.names(kind) if (match := _PART_NAME.fullmatch(name)) and int(match[1]) >= first]
+        for name in stale:
+            self.folder.delete(f"{kind}/{name}")
+        return len(stale)
+
+    def read_part(self, kind: str, index: int, columns: list[str] | None = None, *, verify: bool = False) -> pa.Table:
+        """Part ``index`` of ``kind`` as a table; ``verify`` compares the checksums of what is read.
 
         Raises:
             DatasetError: the file is missing or broken, or lacks a column; the message names it.
@@ -304,7 +407,7 @@ class DatasetFolder:
         name = f"{kind}/{part_name(index)}"
         try:
             with self.folder._filesystem[0].open_input_file(self.folder._inner(name)) as source:
-                reader = pq.ParquetFile(source)
+                reader = pq.ParquetFile(source, page_checksum_verification=verify)
                 if columns is not None:
                     lacking = [c for c in columns if c not in reader.schema_arrow.names]
                     if lacking:
@@ -312,7 +415,7 @@ class DatasetFolder:
                 return reader.read(columns=columns)
         except FileNotFoundError as error:
             raise DatasetError(f"{self.folder.path(name)} is missing: run the job that writes it again (only missing parts are recomputed)") from error
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowInvalid, OSError) as error:
             raise DatasetError(f"{self.folder.path(name)} is broken ({error}): delete it and run the job that writes it again") from error
 
     def read_aligned(self, index: int, columns: dict[str, list[str]]) -> dict[str, pa.Table]:
@@ -335,18 +438,6 @@ class DatasetFolder:
                 )
             tables[kind] = table
         return tables
-
-    def _part_bytes(self, kind: str, index: int) -> bytes:
-        try:
-            return self.folder.read_bytes(f"{kind}/{part_name(index)}")
-        except FileNotFoundError as error:
-            raise DatasetError(f"{self.folder.path(kind)}/{part_name(index)} is missing") from error
-
-    def _open(self, data: bytes, kind: str, index: int) -> pq.ParquetFile:
-        try:
-            return pq.ParquetFile(pa.BufferReader(data))
-        except pa.ArrowInvalid as error:
-            raise DatasetError(f"{self.folder.path(kind)}/{part_name(index)} is broken: {error}") from error
 
     # manifests ----------------------------------------------------------------------------------------------------------------------------
     def manifest(self) -> "Manifest":
@@ -411,10 +502,10 @@ class Manifest:
 
     task: str
     settings: dict[str, Any]
-    """``Task.prepare_settings`` and the split's settings that made it."""
+    """``Task.prepare_settings``, the split's settings (``split``) and ``objects_per_part``."""
     settings_digest: str
     parts: list[dict[str, Any]]
-    """One dict a part: ``{"num_rows": int, "splits": {"train": int, ...}, "objects": sha256, "views": sha256}``."""
+    """One dict a part: ``{"key": str, "num_rows": int, "splits": {"train": int, ...}, "objects": sha256, "views": sha256}``."""
     num_objects: int
     num_groups: int
     num_quarantined: int

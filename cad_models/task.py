@@ -75,6 +75,8 @@ class Inspection:
     """Positive; splits may be stratified by its quantiles (for meshes: vertices x faces)."""
     signature: np.ndarray
     """float64 [K]: equal, up to rounding, for exact duplicates and only for them."""
+    inputs: str = ""
+    """Digest of the other files that :meth:`Task.prepare` reads (the user's images); another digest remakes the object."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +107,18 @@ class Listing:
     """Pairs (source, Reject) already known from the listing, as an image without a model."""
     num_ignored: int = 0
     """Files of kinds that the task does not read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedColumn:
+    """A column of encoded images that ``embed.py`` turns into a column of embeddings."""
+
+    source: tuple[str, str]
+    """Folder and column of the images, as ``("views", "images")``: list<binary>, encoded images."""
+    name: str
+    """Column of the embeddings: float16 [images, width]."""
+    count: str
+    """Column of the number of images."""
 
 
 class Learner(ABC):
@@ -178,6 +192,10 @@ class Task(ABC):
     def schemas(self, recipe: Recipe) -> "dict[str, pa.Schema]":
         """Folder name -> columns that :meth:`prepare` fills, ``{"objects": ..., "views": ...}``. The job adds object_id, group_id, split,
         label, source and sha256 to ``objects`` and object_id to the others."""
+
+    # embed --------------------------------------------------------------------------------------------------------------------------------
+    embed_columns: tuple[EmbedColumn, ...] = ()
+    """What ``embed.py`` encodes; empty for a task without frozen embeddings."""
 
     # train --------------------------------------------------------------------------------------------------------------------------------
     @abstractmethod

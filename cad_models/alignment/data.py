@@ -153,7 +153,22 @@ def inspect_item(item: RawItem) -> Inspection | Reject:
         size=len(mesh.faces),
         complexity=float(len(mesh.vertices)) * len(mesh.faces),
         signature=geometry_signature(mesh),
+        inputs=_images_digest(item),
     )
+
+
+def _images_digest(item: RawItem) -> str:
+    if not item.images:
+        return ""
+    digest = hashlib.sha256()
+    for path in item.images:
+        digest.update(path.rpartition("/")[2].encode() + b"\0")
+        try:
+            digest.update(hashlib.sha256(read_uri(path)).digest())
+        except OSError:
+            # One unreadable image of many: preparing puts it into the quarantine, and looks again the next time.
+            digest.update(b"unreadable")
+    return digest.hexdigest()
 
 
 def cad_points(mesh: Mesh, sha256: str, num_points: int) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from cad_models.alignment.recipe import RECIPE, SMOKE, AlignmentRecipe
-from cad_models.task import Columns, Inspection, Learner, Listing, Predictions, RawItem, Reject, Row, Score, Task
+from cad_models.task import Columns, EmbedColumn, Inspection, Learner, Listing, Predictions, RawItem, Reject, Row, Score, Task
 
 
 def search_space(trial: Any) -> dict[str, Any]:
@@ -44,6 +44,10 @@ class AlignmentTask(Task):
         "mesh_to_image": "val/mesh_to_image/recall@3",
     }
     search_space = staticmethod(search_space)
+    embed_columns = (
+        EmbedColumn(source=("views", "images"), name="embeddings", count="num_views"),
+        EmbedColumn(source=("views", "query_images"), name="query_embeddings", count="num_query_views"),
+    )
 
     def list_raw(self, source: str) -> Listing:
         from cad_models.alignment.data import list_source
