@@ -48,7 +48,13 @@ class Member:
 
 
 def write_member(
-    directory: Path, *, task: Task, recipe: Recipe, signature: dict[str, Any], metrics: dict[str, float], artifacts: dict[str, dict[str, torch.Tensor]]
+    directory: Path,
+    *,
+    task: Task,
+    recipe: Recipe,
+    signature: dict[str, Any],
+    metrics: dict[str, float],
+    artifacts: dict[str, dict[str, torch.Tensor]],
 ) -> None:
     """Write a member's files into ``directory`` (created; the caller makes the whole folder appear at once by renaming)."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -109,7 +115,9 @@ def load_member(directory: Path, *, device: str = "cpu", digest: str | None = No
         raise CheckpointError(f"{directory} is not a checkpoint folder: there is no such folder")
     found = member_digest(directory)
     if digest is not None and found != digest:
-        raise CheckpointError(f"{directory}: its files have digest {found[:16]}…, registered was {digest[:16]}…: they were changed; register it again or restore it")
+        raise CheckpointError(
+            f"{directory}: its files have digest {found[:16]}…, registered was {digest[:16]}…: they were changed; register it again or restore it"
+        )
     described = _read_json(directory / "recipe.json")
     task = TASKS.get(described.get("task"))
     if task is None:

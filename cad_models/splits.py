@@ -48,7 +48,9 @@ class SplitConfig:
                 f"--split.val-fraction {self.val_fraction} and --split.test-fraction {self.test_fraction} must be at least 0 and leave something to train on"
             )
         if self.kind == "kfold" and not (2 <= self.num_folds and 0 <= self.fold < self.num_folds):
-            raise ValueError(f"--split.fold {self.fold} must lie in 0 … {self.num_folds - 1} and --split.num-folds {self.num_folds} be at least 2")
+            raise ValueError(
+                f"--split.fold {self.fold} must lie in 0 … {self.num_folds - 1} and --split.num-folds {self.num_folds} be at least 2"
+            )
         if self.kind == "csv" and not self.csv:
             raise ValueError("--split.kind csv needs --split.csv FILE with the columns model_id, split")
         if self.kind != "csv" and self.csv:

@@ -8,7 +8,7 @@ How a job uses a task::
     embed     the views of a part -> frozen encoder -> embeddings of the same part
     train     examples (parallel) -> collate -> Learner.forward ... Learner.predict -> evaluate
     tune      search_space -> recipes -> train; combine + evaluate decide about the champion
-    infer     requests -> encode_queries -> combine -> answers
+    infer     list_requests -> read_input (parallel, isolated) -> Predictor.predict -> rank -> submission
 """
 
 from abc import ABC, abstractmethod
@@ -23,6 +23,8 @@ from cad_models.config import Recipe
 if TYPE_CHECKING:
     import pyarrow as pa
     import torch
+
+    from cad_models.checkpoint import Member
 
 Columns = dict[str, np.ndarray]
 """Model-ready arrays of some objects: name -> array whose first axis is the object."""
@@ -121,6 +123,78 @@ class EmbedColumn:
     """Column of the number of images."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """One file that ``infer.py`` reads."""
+
+    kind: str
+    """What the task makes of it, as ``image`` or ``mesh``."""
+    source: str
+    """What to call it in messages and in the quarantine."""
+    uri: str
+    """Its path or URI."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One query, or one object of a gallery."""
+
+    entry_id: str
+    """Unique among the search's queries, or its gallery."""
+    inputs: tuple[int, ...]
+    """Positions in `Requests.inputs`: several when an object is given by several views."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """Queries, and the gallery that their answers are chosen from."""
+
+    direction: str
+    """As ``image_to_mesh``."""
+    queries: tuple[Entry, ...]
+    gallery: tuple[Entry, ...] = ()
+    """Empty where answers are no files, as the labels of a classifier."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Requests:
+    """What a user asks of ``infer.py``: files, each named once, and what is to be found among them."""
+
+    inputs: tuple[Input, ...]
+    searches: tuple[Search, ...]
+    num_ignored: int = 0
+    """Files of kinds that no search reads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One answer to one query."""
+
+    direction: str
+    query: str
+    rank: int
+    """From 1."""
+    answer: str
+    score: float
+    """Higher is better; comparable within a query."""
+
+
+class Predictor(ABC):
+    """The members of an ensemble in one process: what a file that was read is to each of them."""
+
+    seconds: dict[str, float]
+    """Time spent so far in each stage of :meth:`predict`, as ``{"encode images": 1.5}``."""
+
+    @property
+    @abstractmethod
+    def settings(self) -> Any:
+        """What `Task.read_input` must know of the members; small and picklable."""
+
+    @abstractmethod
+    def predict(self, batch: Sequence[Columns]) -> list[list[np.ndarray]]:
+        """For each input each member's output, float32 [width]. On a CPU an input's outputs depend on that input alone, bit for bit."""
+
+
 class Learner(ABC):
     """Model plus losses, mixed into a ``torch.nn.Module``; DDP wraps it whole.
 
@@ -162,7 +236,8 @@ class Task(ABC):
     """The same code, seconds on a CPU."""
     score: Score
     best_metrics: dict[str, str]
-    """Best checkpoints to keep beside the last: folder name -> metric, as ``{"mean": "val/recall@3"}``; ``score`` must be among them."""
+    """Best checkpoints to keep beside the last: folder name -> metric, as ``{"mean": "val/recall@3"}``; ``score`` must be
+    among them, and all are better in its direction."""
     search_space: Callable[[Any], dict[str, Any]]
     """``search_space(trial)`` suggests values with an ``optuna.Trial`` and returns dotted recipe path -> value."""
     split_names: tuple[str, ...] = ("train", "val", "test")
@@ -227,3 +302,36 @@ class Task(ABC):
     @abstractmethod
     def combine(self, members: Sequence[Predictions], *, rule: str = "concatenate", weights: Sequence[float] | None = None) -> Predictions:
         """The ensemble rule: the members' predictions of the same objects -> one."""
+
+    # infer --------------------------------------------------------------------------------------------------------------------------------
+    @abstractmethod
+    def list_requests(self, queries: str | Sequence[str], gallery: str | None, *, direction: str = "auto") -> Requests:
+        """What a folder of queries (or a list of files) asks of a folder of gallery files; cheap: reads no file contents.
+
+        Raises:
+            ValueError: a folder is not there, or nothing in them makes a search; the message says what was found.
+        """
+
+    @abstractmethod
+    def predictor(self, members: "Sequence[Member]", *, device: str = "cpu") -> Predictor:
+        """The members, ready to work on inputs. Raises ValueError for a member that cannot be served here, as for want of its encoder."""
+
+    @abstractmethod
+    def read_input(self, item: Input, settings: Any) -> Columns | Reject:
+        """The arrays that a `Predictor` of these settings needs of one file, and its picture as ``thumbnail`` (a JPEG's bytes as uint8 [n]).
+        Runs in a process that may be lost."""
+
+    @abstractmethod
+    def rank(
+        self, search: Search, outputs: "Mapping[int, list[np.ndarray]]", *, rule: str, weights: Sequence[float], top_k: int
+    ) -> list[Answer]:
+        """The best answers of every query, by query and rank.
+
+        Args:
+            outputs: `Predictor.predict` by position in `Requests.inputs`; files that were rejected are missing.
+            weights: One a member.
+        """
+
+    @abstractmethod
+    def submission(self, answers: Sequence[Answer]) -> list[list[str]]:
+        """The answers as the rows of a CSV file, header first, in the form that the task's users expect."""

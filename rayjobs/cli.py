@@ -18,8 +18,6 @@ from cad_models.tasks import TASKS
 RecipeFlags = Annotated[Recipe, tyro.conf.arg(name="")]
 """Type of a job's ``recipe``: its flags stand at the top level."""
 
-SMOKE_HELP = "the task's smoke recipe: the same code in seconds on a CPU"
-
 # Exit status of a run that was asked to stop and left a checkpoint: the same command goes on (EX_TEMPFAIL of sysexits.h).
 EXIT_STOPPED = 75
 

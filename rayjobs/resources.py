@@ -21,7 +21,7 @@ _ENVIRONMENT = {
 
 @dataclass(frozen=True, kw_only=True)
 class ScaleConfig:
-    """How much of a cluster a job asks for; never changes a result beyond rounding."""
+    """How much of a cluster a job asks for; changes no figure beyond rounding (cache_gb changes the order of batches)."""
 
     num_workers: int = 1
     """Training processes (DDP), or the most processes of prepare, embed and infer; 0 = in this process, without Ray (training only)."""
@@ -31,6 +31,8 @@ class ScaleConfig:
     """Whether each worker holds a GPU; unset = if the cluster has one for each."""
     threads_per_worker: int = 0
     """Compute threads of a worker; 0 = its share of the CPUs."""
+    cache_gb: float = 0.25
+    """Training and evaluation splits up to this size (in GB, each) are read once and held in memory; larger ones stream."""
     memory_gb: float = 4.0
     """Memory, in GB, that parsing and rendering one object may take."""
     timeout_s: float = 120.0

@@ -67,9 +67,13 @@ def open_dataset(uri: str, task: Task, recipe: Recipe) -> Dataset:
             )
         for index, (ours, theirs) in enumerate(zip(manifest.parts, embeddings.parts, strict=False)):
             if ours["num_rows"] != theirs["num_rows"]:
-                raise DatasetError(f"part {index}: objects/ has {ours['num_rows']} rows, embeddings/{encoder_folder(encoder)}/ has {theirs['num_rows']}")
+                raise DatasetError(
+                    f"part {index}: objects/ has {ours['num_rows']} rows, embeddings/{encoder_folder(encoder)}/ has {theirs['num_rows']}"
+                )
         if len(manifest.parts) != len(embeddings.parts):
-            raise DatasetError(f"objects/ has {len(manifest.parts)} parts, embeddings/{encoder_folder(encoder)}/ has {len(embeddings.parts)}: run embed.py again")
+            raise DatasetError(
+                f"objects/ has {len(manifest.parts)} parts, embeddings/{encoder_folder(encoder)}/ has {len(embeddings.parts)}: run embed.py again"
+            )
     return Dataset(uri=uri, task=task.name, manifest=manifest, embeddings=embeddings)
 
 

@@ -42,7 +42,8 @@ def list_source(source: str) -> Listing:
         seed = int(match[2] or 0)
         return Listing(
             items=[
-                RawItem(object_id=f"part-{i:06d}", source=f"builtin:{i}:seed={seed}", uri=f"builtin:{i}:{seed}") for i in range(int(match[1]))
+                RawItem(object_id=f"part-{i:06d}", source=f"builtin:{i}:seed={seed}", uri=f"builtin:{i}:{seed}")
+                for i in range(int(match[1]))
             ]
         )
     folder = Folder(source)
@@ -83,12 +84,16 @@ def _list_meshes(folder: Folder, files: list[str]) -> Listing:
 
 def _list_pairs(folder: Folder, files: list[str]) -> Listing:
     """The source system's layout: ``models/{id}.stl``, ``images/{id}_{view}.png``, optionally ``captions.json`` {id: text}."""
-    meshes = {name[len("models/") : -len(_suffix(name))]: name for name in files if name.startswith("models/") and _suffix(name) in MESH_SUFFIXES}
+    meshes = {
+        name[len("models/") : -len(_suffix(name))]: name for name in files if name.startswith("models/") and _suffix(name) in MESH_SUFFIXES
+    }
     captions: dict[str, str] = {}
     if "captions.json" in files:
         captions = folder.read_json("captions.json")
         if not isinstance(captions, dict):
-            raise DatasetError(f"{folder.path('captions.json')} must hold one JSON object {{id: text}}, it holds a {type(captions).__name__}")
+            raise DatasetError(
+                f"{folder.path('captions.json')} must hold one JSON object {{id: text}}, it holds a {type(captions).__name__}"
+            )
     views: dict[str, list[tuple[int, str]]] = {}
     rejects: list[tuple[str, Reject]] = []
     for name in files:
@@ -98,7 +103,9 @@ def _list_pairs(folder: Folder, files: list[str]) -> Listing:
         if object_id in meshes and view.isdigit():
             views.setdefault(object_id, []).append((int(view), name))
         else:
-            rejects.append((name, Reject(reason="no_model", detail=f"no models/{object_id or '<id>'} for this image (expected images/<id>_<view>)")))
+            rejects.append(
+                (name, Reject(reason="no_model", detail=f"no models/{object_id or '<id>'} for this image (expected images/<id>_<view>)"))
+            )
     items = []
     for object_id, mesh in sorted(meshes.items()):
         if object_id not in views:
@@ -283,7 +290,9 @@ def schemas(recipe: AlignmentRecipe) -> dict[str, pa.Schema]:
             ("num_query_views", number),
         ]
     )
-    views = pa.schema([("images", pa.list_(pa.binary())), ("cameras", text), ("query_images", pa.list_(pa.binary())), ("query_cameras", text)])
+    views = pa.schema(
+        [("images", pa.list_(pa.binary())), ("cameras", text), ("query_images", pa.list_(pa.binary())), ("query_cameras", text)]
+    )
     return {"objects": objects, "views": views}
 
 
@@ -340,9 +349,7 @@ def collate(columns: Columns, recipe: AlignmentRecipe, *, rngs: Sequence[np.rand
     }
 
 
-def _draw_views(
-    views: np.ndarray, count: np.ndarray, wanted: int, rngs: Sequence[np.random.Generator]
-) -> tuple[np.ndarray, np.ndarray]:
+def _draw_views(views: np.ndarray, count: np.ndarray, wanted: int, rngs: Sequence[np.random.Generator]) -> tuple[np.ndarray, np.ndarray]:
     drawn = np.zeros((len(views), wanted, views.shape[2]), dtype=views.dtype)
     for row, source, n, rng in zip(drawn, views, count, rngs, strict=True):
         chosen = rng.permutation(n)[:wanted]

@@ -35,10 +35,7 @@ def retrieval_metrics(predictions: Predictions) -> dict[str, float]:
         image = torch.from_numpy(images)
         forward = ranks(image, cad, group[torch.from_numpy(owner)], group)
         metrics |= {f"image_to_mesh/{infix}recall@{k}": value for k, value in _recalls(forward).items()}
-        backward = [
-            ranks(cad, image[rows], group, group[torch.from_numpy(owner[rows])])
-            for rows in one_per_object(owner)
-        ]
+        backward = [ranks(cad, image[rows], group, group[torch.from_numpy(owner[rows])]) for rows in one_per_object(owner)]
         backward_ranks = torch.cat(backward)
         metrics |= {f"mesh_to_image/{infix}recall@{k}": value for k, value in _recalls(backward_ranks).items()}
         if not infix:

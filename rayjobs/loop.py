@@ -1,0 +1,510 @@
+"""The one training loop that every task runs: resume -> steps -> evaluate -> keep the best -> checkpoint. It knows no task by name.
+
+It runs as Ray Train's ``train_loop_per_worker`` on any number of workers, or in this very process (``--scale.num-workers 0``), with the same numbers:
+order, augmentation and dropout depend on seed, epoch, step and object, never on who computes them or on when it was interrupted.
+
+A run's folder::
+
+    recipe.json        what was asked, to refuse a changed recipe on resume
+    metrics.jsonl      one line an evaluation: {"step", "epoch", "metrics"}; delivered to MLflow by the driver
+    progress.json      where training is, written every few seconds
+    last/              the checkpoint to resume from
+    best/<name>/       the best by each of the task's metrics: weights without trainer state
+    result.json        written last: its existence means that the run is complete
+"""
+
+import contextlib
+import json
+import math
+import queue
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cad_models.checkpoint import load_member, read_weights, write_member
+from cad_models.common.ema import ExponentialMovingAverage
+from cad_models.common.schedule import lr_factor
+from cad_models.config import Recipe, differences, from_dict, to_dict
+from cad_models.dataset import Folder
+from cad_models.order import object_rng
+from cad_models.task import Columns, Learner, Predictions, Task
+from cad_models.tasks import TASKS
+from rayjobs.streams import ROW_KEY, SplitStream, concatenated
+from rayjobs.tracking import system_metrics
+
+_EVAL_BATCH = 64
+_STOP_POLL_STEPS = 8
+_PROGRESS_S = 2.0
+
+
+class TrainingDiverged(ValueError):
+    """Loss or gradients stopped being finite."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """All that a worker needs; picklable."""
+
+    task: str
+    recipe: Recipe
+    signature: dict[str, Any]
+    train: SplitStream
+    val: SplitStream
+    test: SplitStream
+    run_folder: str
+    num_threads: int = 1
+    checkpoint_every_steps: int = 0
+    """Also save within an epoch, every so many steps; 0 = at the ends of epochs."""
+
+
+def train_loop_per_worker(config: dict[str, Any]) -> None:
+    """What Ray Train starts in every worker; ``config["loop"]`` is a `LoopConfig`."""
+    import ray.train
+    import ray.train.torch
+
+    loop: LoopConfig = config["loop"]
+    device = ray.train.torch.get_device()
+
+    def report(metrics: dict[str, float]) -> None:
+        ray.train.report(metrics)
+
+    try:
+        Training(loop, device=device, report=report).run()
+    except ValueError as error:
+        # A user's mistake or diverged numbers: trying again cannot help, so it must not look like a lost worker to Ray Train.
+        if _rank() == 0:
+            Folder(loop.run_folder).write_json("error.json", {"error": str(error)})
+
+
+class Training:
+    """One run, as one worker sees it.
+
+    Args:
+        report: Called with the metrics after each evaluation, on every worker.
+    """
+
+    def __init__(self, config: LoopConfig, *, device: torch.device | str = "cpu", report=lambda metrics: None):
+        self.config, self.device, self.report = config, torch.device(device), report
+        self.task: Task = TASKS[config.task]
+        self.recipe = config.recipe
+        self.folder = Folder(config.run_folder)
+        self.rank, self.world_size = _rank(), _world_size()
+        if self.device.type == "cpu":
+            torch.set_num_threads(config.num_threads)
+        torch.manual_seed(self.recipe.seed)
+        self.learner: Learner = self.task.learner(self.recipe, config.signature).to(self.device)
+        self.optimizers = self.learner.optimizers(self.recipe)
+        self.peak_lrs = {turn: [group["lr"] for group in opt.param_groups] for turn, opt in self.optimizers.items()}
+        decay = self.recipe.optim.ema_decay
+        self.ema = ExponentialMovingAverage(self.learner, decay) if decay > 0 else None
+        self.autocast_dtype = _autocast_dtype(self.recipe.precision, self.device)
+        self.state = _State()
+        self.batch_size = _batch_size(self.recipe, config.train, self.world_size)
+        # NCCL moves no CPU objects; a second, gloo group carries predictions and the stop signal.
+        self.cpu_group = dist.new_group(backend="gloo") if self.world_size > 1 else None
+
+    def run(self) -> None:
+        """Train to the end, or to a stop request; resumes by itself."""
+        if self.folder.exists("result.json"):
+            return
+        self._resume()
+        model: nn.Module = self.learner
+        if self.world_size > 1:
+            model = nn.parallel.DistributedDataParallel(self.learner, device_ids=[self.device] if self.device.type == "cuda" else None)
+        schedule = self.recipe.schedule
+        while self.state.epoch < schedule.num_epochs:
+            if not self._epoch(model):
+                self._save_last()
+                self.report({"stopped": 1.0, "epoch": float(self.state.epoch)})
+                return
+            self.state.epoch += 1
+            self.state.step = 0
+            if self.state.epoch % schedule.eval_every_epochs == 0 or self.state.epoch == schedule.num_epochs:
+                self._evaluate_and_keep()
+            else:
+                self._save_last()
+        self._finish()
+
+    # one epoch ----------------------------------------------------------------------------------------------------------------------------
+    def _epoch(self, model: nn.Module) -> bool:
+        """One pass over the training split from where the state stands; False = stopped on request."""
+        state, recipe, config = self.state, self.recipe, self.config
+        steps = config.train.num_steps(state.epoch, self.batch_size, self.world_size)
+        if steps == 0:
+            raise ValueError(
+                f"--batch-size {self.batch_size} is more than the {config.train.num_rows} objects of the train split: use a smaller one"
+            )
+        warmup_steps = round(recipe.schedule.num_warmup_epochs * steps)
+        num_steps = recipe.schedule.num_epochs * steps
+        self.learner.train()
+        started, first_step, shown = time.monotonic(), state.step, -math.inf
+        batches = config.train.batches(state.epoch, self.batch_size, self.rank, self.world_size, first_step=state.step)
+        for batch in _prefetched(self._collated(batches)):
+            batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+            # Dropout must not depend on what was drawn before: a resumed run draws the same. Workers differ, as their objects do.
+            torch.manual_seed(int(np.random.SeedSequence((recipe.seed, state.global_step, self.rank)).generate_state(1)[0]))
+            factor = lr_factor(
+                state.global_step, num_steps=num_steps, num_warmup_steps=warmup_steps, min_ratio=recipe.schedule.min_lr_ratio
+            )
+            for turn in self.learner.turns:
+                scalars = self._step(model, batch, turn, factor)
+                state.add(scalars)
+            if self.ema is not None:
+                self.ema.update(self.learner)
+            state.step += 1
+            state.global_step += 1
+            if self.rank == 0 and time.monotonic() - shown > _PROGRESS_S:
+                shown = time.monotonic()
+                rate = (state.step - first_step) * self.batch_size / max(1e-9, shown - started)
+                self._write_progress(steps, rate)
+            if state.global_step % _STOP_POLL_STEPS == 0 and state.step < steps and self._stop_requested():
+                return False
+            if config.checkpoint_every_steps and state.global_step % config.checkpoint_every_steps == 0 and state.step < steps:
+                self._save_last()
+        state.objects_per_s = (state.step - first_step) * self.batch_size / max(1e-9, time.monotonic() - started)
+        return not self._stop_requested() or state.epoch + 1 == recipe.schedule.num_epochs
+
+    def _collated(self, batches: Iterator[Columns]) -> Iterator[dict[str, Tensor]]:
+        epoch, seed = self.state.epoch, self.recipe.seed
+        for columns in batches:
+            keys = columns.pop(ROW_KEY)
+            yield self.task.collate(columns, self.recipe, rngs=[object_rng(seed, epoch, int(key)) for key in keys])
+
+    def _step(self, model: nn.Module, batch: dict[str, Tensor], turn: str, factor: float) -> dict[str, Tensor]:
+        optimizer = self.optimizers[turn]
+        for group, peak in zip(optimizer.param_groups, self.peak_lrs[turn], strict=True):
+            group["lr"] = peak * factor
+        with torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            scalars = model(batch, turn)
+        optimizer.zero_grad(set_to_none=True)
+        scalars["loss"].backward()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        limit = self.recipe.optim.grad_clip_norm
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else math.inf)
+        # Reading the norm waits for a GPU: there every 16th step is soon enough to catch NaN.
+        if (self.device.type == "cpu" or self.state.global_step % 16 == 0) and not math.isfinite(float(norm)):
+            raise TrainingDiverged(
+                f"gradients are {float(norm)} at step {self.state.global_step} (epoch {self.state.epoch + 1}, loss {float(scalars['loss'])}): "
+                f"lower --optim.lr ({self.recipe.optim.lr:g}) or --optim.head-lr ({self.recipe.optim.head_lr:g}), or lengthen --schedule.num-warmup-epochs"
+            )
+        optimizer.step()
+        prefix = "" if len(self.learner.turns) == 1 else f"{turn}/"
+        return {f"{prefix}{name}": value.detach() for name, value in scalars.items()} | {f"{prefix}grad_norm": norm.detach()}
+
+    # evaluation ---------------------------------------------------------------------------------------------------------------------------
+    def _evaluate_and_keep(self) -> None:
+        state = self.state
+        with self._averaged():
+            started = time.monotonic()
+            metrics = split_metrics(self.task, self.recipe, self.learner, self.config.val, self.device, "val", group=self.cpu_group)
+            metrics = self._shared(metrics)
+            metrics |= {f"train/{name}": value for name, value in self._mean_scalars().items()}
+            metrics |= {"train/objects_per_s": state.objects_per_s, "val/seconds": time.monotonic() - started}
+            metrics |= {f"train/lr_{turn}": opt.param_groups[0]["lr"] for turn, opt in self.optimizers.items()}
+            metrics |= system_metrics()
+            state.reset_sums()
+            improved = self._improved(metrics)
+            metrics |= {f"best/{self.task.best_metrics[name]}": value for name, value in state.best.items()}
+            metrics = {name: float(value) for name, value in metrics.items()}
+            state.history.append({"step": state.global_step, "epoch": state.epoch, "metrics": metrics})
+            if self.rank == 0:
+                for name in improved:
+                    self._publish(f"best/{name}", metrics)
+        # The best come before the checkpoint: killed in between, the epoch is repeated and writes the very same best again.
+        self._save_last(metrics)
+        if self.rank == 0:
+            self.folder.write_bytes("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in state.history).encode())
+            self._write_progress(0, state.objects_per_s)
+        self.report({**metrics, "epoch": float(state.epoch)})
+
+    def _improved(self, metrics: dict[str, float]) -> list[str]:
+        improved = []
+        for name, metric in self.task.best_metrics.items():
+            value, best = metrics[metric], self.state.best.get(name)
+            # All of a task's best metrics are better in the score's direction.
+            if self.task.score.better(value, best):
+                self.state.best[name] = value
+                improved.append(name)
+        return improved
+
+    def _averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Within it the learner has the averaged weights: those that are evaluated and kept."""
+        return contextlib.nullcontext() if self.ema is None else self.ema.applied_to(self.learner)
+
+    def _finish(self) -> None:
+        score_folder = next(name for name, metric in self.task.best_metrics.items() if metric == self.task.score.name)
+        self._barrier()
+        with self.folder.fetched(f"best/{score_folder}") as directory:
+            best = load_member(directory, device=str(self.device))
+        test = {}
+        if self.config.test.num_rows:
+            test = split_metrics(self.task, self.recipe, best.learner, self.config.test, self.device, "test", group=self.cpu_group)
+        if self.rank == 0:
+            result = {
+                "score": self.state.best[score_folder],
+                "score_name": self.task.score.name,
+                "best": f"best/{score_folder}",
+                "member_digest": best.digest,
+                "metrics": {**best.metrics, **test},
+                "num_epochs": self.state.epoch,
+                "num_steps": self.state.global_step,
+            }
+            self.folder.write_json("result.json", result)
+        self._barrier()
+
+    # checkpoints --------------------------------------------------------------------------------------------------------------------------
+    def _publish(self, name: str, metrics: dict[str, float], state: dict[str, Any] | None = None) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            directory = Path(scratch) / "checkpoint"
+            write_member(
+                directory,
+                task=self.task,
+                recipe=self.recipe,
+                signature=self.config.signature,
+                metrics=metrics,
+                artifacts=self.learner.artifacts(),
+            )
+            if state is not None:
+                torch.save(state, directory / "trainer_state.pt")
+            self.folder.publish(name, directory)
+
+    def _save_last(self, metrics: dict[str, float] | None = None) -> None:
+        if self.rank == 0:
+            state = {
+                "loop": self.state.to_dict(),
+                "optimizers": {turn: optimizer.state_dict() for turn, optimizer in self.optimizers.items()},
+                "weights": {name: tensor.clone() for name, tensor in self.learner.state_dict().items()},
+                "ema": None if self.ema is None else self.ema.state_dict(),
+            }
+            with self._averaged():
+                self._publish("last", metrics or {}, state)
+        self._barrier()
+
+    def _resume(self) -> None:
+        if self.rank == 0:
+            self._check_recipe()
+            for name in ("last", *(f"best/{n}" for n in self.task.best_metrics)):
+                self.folder.recover(name)
+        self._barrier()
+        if not self.folder.exists("last"):
+            return
+        with self.folder.fetched("last") as directory:
+            saved = torch.load(directory / "trainer_state.pt", map_location=self.device, weights_only=True)
+            for name in self.learner.artifacts():
+                read_weights(directory / f"{name}.safetensors")  # a broken file is found now, not at the end
+        self.learner.load_state_dict(saved["weights"])
+        for turn, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(saved["optimizers"][turn])
+        if self.ema is not None:
+            self.ema.load_state_dict(saved["ema"])
+        self.state = _State.from_dict(saved["loop"])
+
+    def _check_recipe(self) -> None:
+        asked = {"task": self.task.name, "recipe": to_dict(self.recipe), "dataset_digest": self.config.signature.get("dataset_digest")}
+        if not self.folder.exists("recipe.json"):
+            self.folder.write_json("recipe.json", asked)
+            return
+        before = self.folder.read_json("recipe.json")
+        if before == asked:
+            return
+        if before["task"] != asked["task"]:
+            raise ValueError(f"{self.folder.uri} holds a run of task {before['task']}, not {asked['task']}: choose another --name")
+        changes = differences(from_dict(type(self.recipe), before["recipe"]), self.recipe)
+        if before["dataset_digest"] != asked["dataset_digest"]:
+            changes.append(f"dataset digest: {before['dataset_digest']} -> {asked['dataset_digest']}")
+        raise ValueError(
+            f"{self.folder.uri} holds a run of another recipe ({'; '.join(changes)}): choose another --name, or delete that folder to start over"
+        )
+
+    # small things -------------------------------------------------------------------------------------------------------------------------
+    def _mean_scalars(self) -> dict[str, float]:
+        names = sorted(self.state.sums)
+        if not names:
+            return {}
+        values = torch.tensor([float(self.state.sums[n]) / self.state.num_summed for n in names], dtype=torch.float64)
+        if self.cpu_group is not None:
+            dist.all_reduce(values, group=self.cpu_group)
+            values /= self.world_size
+        return dict(zip(names, values.tolist(), strict=True))
+
+    def _shared(self, metrics: dict[str, float]) -> dict[str, float]:
+        if self.cpu_group is None:
+            return metrics
+        box = [metrics]
+        dist.broadcast_object_list(box, src=0, group=self.cpu_group)
+        return box[0]
+
+    def _stop_requested(self) -> bool:
+        stop = torch.tensor([int(self.rank == 0 and self.folder.exists("STOP"))])
+        if self.cpu_group is not None:
+            dist.broadcast(stop, src=0, group=self.cpu_group)
+        return bool(stop.item())
+
+    def _barrier(self) -> None:
+        if self.cpu_group is not None:
+            dist.barrier(group=self.cpu_group)
+
+    def _write_progress(self, steps: int, rate: float) -> None:
+        loss = float(self.state.sums["loss"]) / self.state.num_summed if self.state.num_summed and "loss" in self.state.sums else None
+        self.folder.write_json(
+            "progress.json",
+            {
+                "time": time.time(),
+                "epoch": self.state.epoch,
+                "num_epochs": self.recipe.schedule.num_epochs,
+                "step": self.state.step,
+                "num_steps": steps,
+                "loss": loss if loss is None or math.isfinite(loss) else None,
+                "objects_per_s": rate,
+            },
+        )
+
+
+class _State:
+    """Where a run stands; everything in it is resumed."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        """Finished epochs."""
+        self.step = 0
+        """Finished steps of the epoch that is under way."""
+        self.global_step = 0
+        self.best: dict[str, float] = {}
+        self.history: list[dict[str, Any]] = []
+        self.sums: dict[str, Any] = {}
+        self.num_summed = 0
+        self.objects_per_s = 0.0
+
+    def add(self, scalars: dict[str, Tensor]) -> None:
+        """Add one step's scalars to the running sums, without waiting for a GPU."""
+        for name, value in scalars.items():
+            # Sums in float64: means over an epoch are the same wherever it was interrupted.
+            self.sums[name] = self.sums.get(name, 0.0) + value.double()
+        self.num_summed += 1
+
+    def reset_sums(self) -> None:
+        """Start the next epoch's means."""
+        self.sums, self.num_summed = {}, 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint."""
+        return {**self.__dict__, "sums": {name: float(value) for name, value in self.sums.items()}}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "_State":
+        """The inverse of :meth:`to_dict`."""
+        state = cls()
+        state.__dict__.update(values)
+        return state
+
+
+def split_metrics(
+    task: Task, recipe: Recipe, learner: nn.Module, stream: SplitStream, device: torch.device, split: str, *, group: Any = None
+) -> dict[str, float]:
+    """Metrics of a whole split, ``<split>/<name>``; on several workers each predicts its parts, and rank 0 gets the metrics (others an empty dict)."""
+    predictions = predict_split(task, recipe, learner, stream, device, group=group)
+    return {} if predictions is None else {f"{split}/{name}": value for name, value in task.evaluate(predictions).items()}
+
+
+def predict_split(
+    task: Task, recipe: Recipe, learner: nn.Module, stream: SplitStream, device: torch.device, *, group: Any = None
+) -> Predictions | None:
+    """Predictions of a whole split in dataset order (None on workers other than rank 0). Batches never cross parts, so the result does not
+    depend on the number of workers."""
+    if stream.num_rows == 0:
+        raise ValueError(
+            f"the {stream.split} split of --dataset {stream.dataset.uri} is empty: prepare with a larger --split.{stream.split}-fraction or more objects"
+        )
+    was_training = learner.training
+    learner.eval()
+    pieces: list[Columns] = []
+    with torch.inference_mode():
+        for columns in stream.parts(_rank(), _world_size()):
+            keys = columns.pop(ROW_KEY)
+            for start in range(0, len(keys), _EVAL_BATCH):
+                chunk = {name: column[start : start + _EVAL_BATCH] for name, column in columns.items()}
+                batch = {n: t.to(device) for n, t in task.collate(chunk, recipe, rngs=None).items()}
+                predicted = {
+                    n: t.float().cpu().numpy() if t.is_floating_point() else t.cpu().numpy() for n, t in learner.predict(batch).items()
+                }
+                pieces.append({**predicted, ROW_KEY: keys[start : start + _EVAL_BATCH]})
+    learner.train(was_training)
+    if group is not None:
+        gathered: list[Any] | None = [None] * _world_size() if _rank() == 0 else None
+        # Pickled by torch.distributed, between the processes of this one run only.
+        dist.gather_object(pieces, gathered, dst=0, group=group)
+        if gathered is None:
+            return None
+        pieces = [piece for part in gathered for piece in part]
+    whole = concatenated(pieces)
+    order = np.argsort(whole.pop(ROW_KEY), kind="stable")
+    return {name: column[order] for name, column in whole.items()}
+
+
+def _batch_size(recipe: Recipe, train: SplitStream, world_size: int) -> int:
+    """The recipe's, or for a smaller dataset the largest multiple of the workers that it fills."""
+    if train.num_rows == 0:
+        raise ValueError(f"the train split of --dataset {train.dataset.uri} is empty")
+    return min(recipe.batch_size, max(world_size, train.num_rows // world_size * world_size))
+
+
+def _autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    if precision == "bfloat16":
+        return torch.bfloat16
+    if precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported():
+        return torch.bfloat16
+    return None
+
+
+def _prefetched(items: Iterator[Any], depth: int = 2) -> Iterator[Any]:
+    """The same items, made ahead in a thread, so that collating overlaps with computing."""
+    ready: queue.Queue = queue.Queue(maxsize=depth)
+    stop = threading.Event()
+
+    def put(value: tuple[str, Any]) -> bool:
+        while not stop.is_set():
+            try:
+                ready.put(value, timeout=0.2)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def fill() -> None:
+        try:
+            for item in items:
+                if not put(("item", item)):
+                    return
+            put(("end", None))
+        except Exception as error:  # handed to the consumer, which raises it
+            put(("error", error))
+
+    thread = threading.Thread(target=fill, daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, value = ready.get()
+            if kind == "error":
+                raise value
+            if kind == "end":
+                return
+            yield value
+    finally:
+        stop.set()
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1

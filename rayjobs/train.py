@@ -1,0 +1,273 @@
+"""Parquet -> checkpoints and an MLflow run: one training of one recipe, on any number of workers (Ray Train, DDP).
+
+    python rayjobs/train.py --task alignment --dataset ds/
+    python rayjobs/train.py --task alignment --dataset ds/ --model.num-experts 8 --optim.lr 3e-4 --scale.num-workers 8
+    python rayjobs/train.py --task alignment --dataset ds/ --smoke --scale.num-workers 0        # in this process, without Ray
+
+Killed or stopped (Ctrl-C, SIGTERM, a file named STOP in the run's folder), the same command goes on where it was.
+"""
+
+import contextlib
+import json
+import signal
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import tyro
+
+from cad_models.config import Recipe, digest, json_digest, to_dict
+from cad_models.dataset import Folder
+from cad_models.tasks import TASKS
+from rayjobs.cli import EXIT_STOPPED, RecipeFlags, TrackingConfig, run_job
+from rayjobs.resources import ScaleConfig, WorkerPlan
+
+if TYPE_CHECKING:
+    from rayjobs.loop import LoopConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """One training."""
+
+    task: str
+    """Which room: see cad_models/tasks.py."""
+    recipe: RecipeFlags
+    smoke: bool = False
+    """The task's smoke recipe: the same code in seconds on a CPU."""
+    dataset: str = tyro.MISSING
+    """The dataset folder (path or URI) that prepare.py and embed.py made."""
+    output: str = "outputs/runs"
+    """Folder (path or URI, shared by all nodes) for runs; this one's is <output>/<name>."""
+    name: str = ""
+    """The run's name; empty = from the digests of recipe and dataset, so that the same command resumes the same run."""
+    checkpoint_every_steps: int = 0
+    """Checkpoint within an epoch too, every so many steps; 0 = at the ends of epochs only."""
+    scale: ScaleConfig = ScaleConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+
+def main(job: TrainJob) -> int:
+    """Train, track, tell."""
+    from rayjobs.resources import connect, plan_workers
+    from rayjobs.tracking import DatasetSource, MetricsCourier, open_tracking
+
+    plan = None
+    if job.scale.num_workers > 0:
+        connect()
+        plan = plan_workers(job.scale)
+    loop = loop_config(
+        task_name=job.task,
+        recipe=job.recipe,
+        dataset_uri=job.dataset,
+        output=job.output,
+        name=job.name,
+        scale=job.scale,
+        plan=plan,
+        checkpoint_every_steps=job.checkpoint_every_steps,
+    )
+    folder = Folder(loop.run_folder)
+    print(f"run: {folder.uri}", flush=True)
+    tracking = open_tracking(job.tracking, job.task)
+    run = tracking.start_run(
+        json_digest([job.task, folder.uri]),
+        name=folder.uri.rsplit("/", 1)[1],
+        params=to_dict(job.recipe),
+        tags={"cad.task": job.task, "cad.run_folder": folder.uri, "cad.recipe_digest": digest(job.recipe)},
+        dataset=DatasetSource(uri=job.dataset, digest=loop.train.dataset.digest),
+    )
+    with MetricsCourier([(loop.run_folder, run)]):
+        finished = fit(loop, plan)
+    if not finished:
+        run.finish("KILLED")
+        print(f"stopped with a checkpoint in {folder.path('last')}: the same command goes on from there", flush=True)
+        return EXIT_STOPPED
+    result = folder.read_json("result.json")
+    run.log_metrics(result["metrics"], step=result["num_steps"])
+    with folder.fetched(result["best"]) as directory:
+        run.log_artifact(directory, "best")
+    run.finish()
+    print_result(result, folder)
+    return 0
+
+
+def loop_config(
+    *,
+    task_name: str,
+    recipe: Recipe,
+    dataset_uri: str,
+    output: str,
+    name: str,
+    scale: ScaleConfig,
+    plan: WorkerPlan | None,
+    checkpoint_every_steps: int = 0,
+) -> "LoopConfig":
+    """All that the loop needs, checked against the dataset. Caches the splits in Ray's object store where they fit.
+
+    Raises:
+        ValueError: dataset, embeddings and recipe do not fit each other.
+    """
+    from rayjobs.loop import LoopConfig
+    from rayjobs.streams import SplitStream, open_dataset
+
+    task = TASKS[task_name]
+    dataset = open_dataset(dataset_uri, task, recipe)
+    streams = {split: SplitStream(dataset=dataset, recipe=recipe, split=split) for split in ("train", "val", "test")}
+    if plan is not None:
+        streams = {split: stream.cached(int(scale.cache_gb * 1e9)) for split, stream in streams.items()}
+    return LoopConfig(
+        task=task_name,
+        recipe=recipe,
+        signature=task.signature(recipe, dataset.signature_inputs),
+        **streams,
+        run_folder=Folder(f"{output}/{name or f'{task_name}-{digest(recipe, length=8)}-{dataset.digest[:8]}'}").uri,
+        num_threads=plan.threads_per_worker if plan else (scale.threads_per_worker or 1),
+        checkpoint_every_steps=checkpoint_every_steps,
+    )
+
+
+def fit(loop: "LoopConfig", plan: WorkerPlan | None, *, callbacks: list[Any] | None = None, quiet: bool = False) -> bool:
+    """Train until the end (True) or a stop request (False); resumes what the run's folder holds.
+
+    Args:
+        plan: Workers to use; None = this process.
+
+    Raises:
+        ValueError: what is wrong with the request, or that training diverged.
+    """
+    from rayjobs.loop import Training
+
+    folder = Folder(loop.run_folder)
+    for leftover in ("STOP", "error.json"):
+        folder.delete(leftover)
+    if folder.exists("result.json"):
+        # Also a finished run must be the one that was asked for.
+        Training(loop)._check_recipe()
+        print(f"{folder.uri} is finished: reused", file=sys.stderr)
+        return True
+    with _stopping(folder), contextlib.nullcontext() if quiet else _shown(folder):
+        if plan is None:
+            Training(loop).run()
+        else:
+            _fit_workers(loop, plan, callbacks or [])
+    if folder.exists("error.json"):
+        raise ValueError(folder.read_json("error.json")["error"])
+    return folder.exists("result.json")
+
+
+def _fit_workers(loop: "LoopConfig", plan: WorkerPlan, callbacks: list[Any]) -> None:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from rayjobs.loop import train_loop_per_worker
+
+    folder = Folder(loop.run_folder)
+    trainer = TorchTrainer(
+        train_loop_per_worker,
+        train_loop_config={"loop": loop},
+        torch_config=TorchConfig(timeout_s=300),
+        scaling_config=ScalingConfig(num_workers=plan.num_workers, use_gpu=plan.use_gpu, resources_per_worker=plan.resources_per_worker),
+        run_config=RunConfig(
+            # Checkpoints are the run folder's: Ray's own record of an earlier attempt must not stand in the way of this one.
+            name=f"attempt-{uuid.uuid4().hex[:8]}",
+            storage_path=folder.path("ray"),
+            callbacks=callbacks,
+            failure_config=FailureConfig(max_failures=3, controller_failure_limit=3),
+        ),
+    )
+    try:
+        trainer.fit()
+    finally:
+        folder.delete("ray")
+
+
+@contextlib.contextmanager
+def _stopping(folder: Folder) -> Iterator[None]:
+    """SIGTERM asks the run to stop with a checkpoint (the second one ends it at once)."""
+
+    def ask(signum: int, frame: Any) -> None:
+        folder.write_bytes("STOP", b"")
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _shown(folder: Folder) -> Iterator[None]:
+    """Show a run's progress: a line for each evaluation, and on a terminal a living one in between."""
+    from rayjobs.progress import duration
+
+    done = threading.Event()
+    started = time.monotonic()
+    terminal = sys.stderr.isatty()
+    seen = len(_lines(folder))
+
+    def show() -> None:
+        nonlocal seen
+        while True:
+            ended = done.wait(1.0)
+            lines = _lines(folder)
+            for line in lines[seen:]:
+                metrics = line["metrics"]
+                text = ", ".join(f"{name} {metrics[name]:.4g}" for name in _told(metrics))
+                print(f"{chr(13) + chr(27) + '[K' if terminal else ''}epoch {line['epoch']}: {text}", file=sys.stderr, flush=True)
+            seen = max(seen, len(lines))
+            if ended:
+                return
+            if terminal and folder.exists("progress.json"):
+                now = folder.read_json("progress.json")
+                fraction = (now["epoch"] + now["step"] / max(1, now["num_steps"])) / now["num_epochs"]
+                left = (time.monotonic() - started) * (1 - fraction) / fraction if fraction > 0 else float("nan")
+                loss = "" if now["loss"] is None else f", loss {now['loss']:.4g}"
+                print(
+                    f"\r\033[Kepoch {now['epoch'] + 1}/{now['num_epochs']}, step {now['step']}/{now['num_steps']}{loss}, "
+                    f"{now['objects_per_s']:.0f} objects/s, {duration(left)} left",
+                    end="",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(timeout=5)
+
+
+def _lines(folder: Folder) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in folder.read_bytes("metrics.jsonl").decode().splitlines()]
+    except FileNotFoundError:
+        return []
+
+
+def _told(metrics: dict[str, float]) -> list[str]:
+    wanted = ["train/loss", *sorted(n for n in metrics if n.startswith("best/")), "train/objects_per_s"]
+    scores = [n.removeprefix("best/") for n in wanted if n.startswith("best/")]
+    return [n for n in [wanted[0], *scores, *wanted[1:]] if n in metrics]
+
+
+def print_result(result: dict[str, Any], folder: Folder) -> None:
+    """The test figures of a run's best checkpoint, and where everything lies."""
+    metrics = result["metrics"]
+    print(f"best {result['score_name']}: {result['score']:.4f}")
+    for name in sorted(n for n in metrics if n.startswith("test/")):
+        print(f"  {name:44} {metrics[name]:.4f}")
+    print(f"best checkpoint: {folder.path(result['best'])}\nlast checkpoint: {folder.path('last')}", flush=True)
+
+
+if __name__ == "__main__":
+    run_job(TrainJob, main)
