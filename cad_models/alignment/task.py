@@ -1,13 +1,33 @@
 """The task *alignment*: image <-> 3D CAD retrieval. Imports no torch until a learner is asked for."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from cad_models.alignment.recipe import RECIPE, SMOKE, AlignmentRecipe
-from cad_models.task import Columns, EmbedColumn, Inspection, Learner, Listing, Predictions, RawItem, Reject, Row, Score, Task
+from cad_models.task import (
+    Answer,
+    Columns,
+    EmbedColumn,
+    Input,
+    Inspection,
+    Learner,
+    Listing,
+    Predictions,
+    Predictor,
+    RawItem,
+    Reject,
+    Requests,
+    Row,
+    Score,
+    Search,
+    Task,
+)
+
+if TYPE_CHECKING:
+    from cad_models.checkpoint import Member
 
 
 def search_space(trial: Any) -> dict[str, Any]:
@@ -121,18 +141,36 @@ class AlignmentTask(Task):
         return retrieval_metrics(predictions)
 
     def combine(self, members: Sequence[Predictions], *, rule: str = "concatenate", weights: Sequence[float] | None = None) -> Predictions:
-        """Concatenates the members' unit vectors, scaled by the square roots of their weights: the inner product of two such vectors is the
-        weighted mean of the members' cosines, so one index serves. ``mean`` averages the vectors instead, as the source system does; that
-        means something only for members that share their axes (as checkpoints of one run)."""
+        """See `cad_models.alignment.answers.combine_embeddings`."""
+        from cad_models.alignment.answers import combine_embeddings
+
         first = members[0]
-        share = np.full(len(members), 1 / len(members)) if weights is None else np.asarray(weights, dtype=np.float64) / np.sum(weights)
-        combined = {}
-        for name in ("cad", "query"):
-            if rule == "concatenate":
-                combined[name] = np.concatenate([m[name] * np.float32(np.sqrt(w)) for m, w in zip(members, share, strict=True)], axis=-1)
-            elif rule == "mean":
-                mean = sum(m[name] * np.float32(w) for m, w in zip(members, share, strict=True))
-                combined[name] = mean / np.maximum(np.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)
-            else:
-                raise ValueError(f"--combine {rule!r} is none of concatenate, mean")
+        combined = {name: combine_embeddings([m[name] for m in members], rule=rule, weights=weights) for name in ("cad", "query")}
         return {**combined, "num_queries": first["num_queries"], "group": first["group"]}
+
+    def list_requests(self, queries: str | Sequence[str], gallery: str | None, *, direction: str = "auto") -> Requests:
+        from cad_models.alignment.answers import list_requests
+
+        return list_requests(queries, gallery, direction=direction)
+
+    def predictor(self, members: "Sequence[Member]", *, device: str = "cpu") -> Predictor:
+        from cad_models.alignment.answers import AlignmentPredictor
+
+        return AlignmentPredictor(members, device=device)
+
+    def read_input(self, item: Input, settings: Any) -> Columns | Reject:
+        from cad_models.alignment.answers import read_input
+
+        return read_input(item, settings)
+
+    def rank(
+        self, search: Search, outputs: Mapping[int, list[np.ndarray]], *, rule: str, weights: Sequence[float], top_k: int
+    ) -> list[Answer]:
+        from cad_models.alignment.answers import rank
+
+        return rank(search, outputs, rule=rule, weights=weights, top_k=top_k)
+
+    def submission(self, answers: Sequence[Answer]) -> list[list[str]]:
+        from cad_models.alignment.answers import submission
+
+        return submission(answers)
