@@ -119,8 +119,8 @@ class CsvSplit:
     splits: list[str]
     num_unnamed: int
     """Objects that the CSV does not name: their split is ``unused``."""
-    num_unknown: int
-    """Rows of the CSV whose model_id is no object."""
+    unknown: list[str]
+    """Each model_id of the CSV that is no object."""
     divided_groups: list[str]
     """Ids of the first member of each group that the CSV divided; the whole group went to its strictest split (test, val, train)."""
 
@@ -170,6 +170,6 @@ def apply_split_csv(named: dict[str, str], object_ids: Sequence[str], group: Seq
     return CsvSplit(
         splits=[strictest[g] for g in group],
         num_unnamed=Counter(wanted)[UNUSED],
-        num_unknown=len(named.keys() - used),
+        unknown=[model_id for model_id in named if model_id not in used],
         divided_groups=[first[g] for g, splits in seen.items() if len(splits - {UNUSED}) > 1],
     )
