@@ -1,0 +1,91 @@
+"""Units of work through a Ray Data actor pool: any number of workers, in any order, lost workers replaced."""
+
+import logging
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rayjobs.cli import EXIT_STOPPED
+
+# More blocks cost driver time, fewer leave workers idle at the end.
+_MAX_BLOCKS = 2_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolSize:
+    """How many workers, and what each holds."""
+
+    min_workers: int
+    max_workers: int
+    cpus: float
+    gpus: float
+
+
+def plan_pool(num_units: int, *, num_workers: int, cpus_per_worker: float, use_gpu: bool | None) -> PoolSize:
+    """A pool that fits the cluster as it is and may grow with it.
+
+    Args:
+        num_workers: The most workers; 0 = one for each core (or GPU), more as the cluster grows.
+        cpus_per_worker: 0 = one.
+        use_gpu: Whether each worker holds a GPU; None = if there is one.
+
+    Raises:
+        ValueError: GPUs are asked for and there are none, or no node that is up has that many CPUs.
+    """
+    import ray
+
+    total = ray.cluster_resources()
+    gpus = int(total.get("GPU", 0))
+    if use_gpu and not gpus:
+        raise ValueError("--scale.use-gpu: the cluster has no GPU; leave it out to work on CPUs")
+    on_gpu = gpus > 0 if use_gpu is None else use_gpu
+    joined = bool(os.environ.get("RAY_ADDRESS"))
+    # A local Ray counts more slots than cores; a cluster's nodes count their cores.
+    cores = int(total.get("CPU", 1)) if joined else (os.cpu_count() or 1)
+    share = cpus_per_worker or (1.0 if not on_gpu else max(1.0, min(8.0, cores // gpus - 1.0)))
+    largest = max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
+    if share > largest:
+        raise ValueError(f"--scale.cpus-per-worker {share:g}: the largest node has {largest:g} CPUs")
+    now = gpus if on_gpu else max(1, int(cores // share))
+    most = num_workers or (10_000 if joined else now)
+    most = max(1, min(most, num_units))
+    return PoolSize(min_workers=min(now, most), max_workers=most, cpus=share, gpus=1.0 if on_gpu else 0.0)
+
+
+def run_units(units: Sequence[dict[str, Any]], worker: type, arguments: tuple, pool: PoolSize, *, longest_unit_s: float) -> Iterator[dict[str, Any]]:
+    """Apply ``worker(*arguments)`` to every unit and yield what it returns, as soon as it is there, in no order.
+
+    Args:
+        units: Dicts of plain values.
+        worker: Class with ``__call__(unit) -> dict``; one instance a process. Its work must be idempotent: a unit whose worker died is given
+            to another.
+        longest_unit_s: A pipeline in which nothing has come out for longer than this (and five minutes) is taken as stuck.
+    """
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    dataset = ray.data.from_items(list(units), override_num_blocks=min(len(units), _MAX_BLOCKS))
+    units_per_block = -(-len(units) // _MAX_BLOCKS)
+    dataset.context.execution_no_progress_timeout_s = 300.0 + longest_unit_s * units_per_block * 2
+    dataset.context.enable_progress_bars = False
+    strategy = ray.data.ActorPoolStrategy(min_size=pool.min_workers, max_size=pool.max_workers, initial_size=pool.min_workers)
+    mapped = dataset.map(
+        worker,
+        fn_constructor_args=arguments,
+        compute=strategy,
+        num_cpus=pool.cpus,
+        num_gpus=pool.gpus or None,
+    )
+    yield from mapped.iter_rows()
+
+
+def stop_on_sigterm() -> None:
+    """SIGTERM ends the job at once with `EXIT_STOPPED`: finished units are kept. Call after joining Ray, which sets a handler of its own."""
+
+    def stop(signum: int, frame: Any) -> None:
+        print("stopped; the same command goes on from what is finished", flush=True)
+        raise SystemExit(EXIT_STOPPED)
+
+    signal.signal(signal.SIGTERM, stop)
