@@ -1,0 +1,135 @@
+"""Contrastive loss between CAD models and their images: any number of images a model, any number of processes."""
+
+import math
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from cad_models.common.contrastive import gather, gather_with_gradient, rank, two_way_logsumexp, world_size
+
+
+class MultiPositiveContrastiveLoss(nn.Module):
+    """Mean of two InfoNCE losses, CAD model to image and image to CAD model; embeddings are expected to be of unit
+    length.
+
+    With s = scale · cosine, V_i the views of object i, and sums over everything that is not a duplicate of object i:
+
+    - CAD to image, mean over the objects that have a view. ``positives="outside"`` (L_out of SupCon,
+      arXiv:2004.11362; StableRep, arXiv:2306.00984): ``-1/|V_i| Σ_v log(exp s_iv / Σ_all exp s_i·)``: every view is
+      pulled. ``"inside"``: ``-log(Σ_v exp s_iv / Σ_all exp s_i·)``: satisfied by the easiest view. With one view both
+      are cross-entropy.
+    - image to CAD model, mean over all images: cross-entropy over the objects.
+
+    Objects of one ``group`` (exact duplicates) are left out of each other's sums. On several processes each gives its
+    own objects, in any number, and gets the loss of the whole batch; averaged gradients equal those of one process
+    with the whole batch.
+
+    ``temperature`` is the initial one (scale = 1 / temperature), ``learned`` makes its logarithm a parameter,
+    ``max_scale`` bounds the scale from above. Raises ``ValueError`` for a temperature that is not positive or whose
+    scale is beyond ``max_scale``.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.07,
+        learned: bool = False,
+        max_scale: float = 100.0,
+        positives: Literal["outside", "inside"] = "outside",
+    ):
+        super().__init__()
+        if not temperature > 0 or 1 / temperature > max_scale * (1 + 1e-6):
+            raise ValueError(
+                f"temperature {temperature} is not usable: it must be at least 1 / max_scale = {1 / max_scale:.4g}"
+            )
+        if positives not in ("outside", "inside"):
+            raise ValueError(f"positives is {positives!r}: choose 'outside' or 'inside' (the logarithm)")
+        self.max_scale = max_scale
+        self.positives = positives
+        log_scale = torch.tensor(-math.log(temperature))
+        if learned:
+            self.log_scale = nn.Parameter(log_scale)
+        else:
+            self.register_buffer("log_scale", log_scale, persistent=False)
+
+    @property
+    def scale(self) -> Float[Tensor, ""]:
+        """The scale in use, at most ``max_scale``."""
+        # A clamp within the graph would give no gradient beyond the bound, and the scale could never come back.
+        with torch.no_grad():
+            self.log_scale.clamp_(max=math.log(self.max_scale))
+        return self.log_scale.exp()
+
+    def forward(
+        self,
+        cad: Float[Tensor, "objects dim"],
+        image: Float[Tensor, "objects views dim"],
+        view_mask: Bool[Tensor, "objects views"],
+        group: Int64[Tensor, " objects"],
+    ) -> Float[Tensor, ""]:
+        """The loss of the whole batch, the same value on every rank.
+
+        ``view_mask`` is true where there is a view; what ``image`` holds elsewhere does not matter (it must be finite).
+        Objects without a view take part as wrong answers only; without any view at all the loss is 0.
+        """
+        dtype = torch.promote_types(torch.promote_types(cad.dtype, image.dtype), torch.float32)
+        with torch.autocast(cad.device.type, enabled=False):
+            return self._forward(cad.to(dtype), image.to(dtype), view_mask, group)
+
+    def _forward(self, cad: Tensor, image: Tensor, view_mask: Tensor, group: Tensor) -> Tensor:
+        num_local, num_local_views, dim = image.shape
+        max_objects, max_views = _largest_over_ranks(num_local, num_local_views, cad.device)
+        padding = (0, max_views - num_local_views, 0, max_objects - num_local)
+        mask_all = gather(F.pad(view_mask, padding))  # [W * max_objects, max_views]
+        group_all = gather(F.pad(group, (0, padding[-1])))
+        image_all = gather_with_gradient(F.pad(image, (0, 0, *padding)).flatten(0, 1))
+        num_images = mask_all.sum()
+        num_objects = mask_all.any(dim=1).sum()
+
+        # Views that exist: the columns of the similarity matrix. CAD models need no gathering: each rank has the rows
+        # of its own.
+        column = mask_all.flatten().nonzero().squeeze(1)
+        owner = column // max_views
+        first = rank() * max_objects
+        scale = self.scale.to(cad.dtype)
+        row_lse, column_lse = two_way_logsumexp(
+            cad,
+            image_all[column],
+            scale,
+            row_owner=torch.arange(first, first + num_local, device=cad.device),
+            column_owner=owner,
+            row_group=group,
+            column_group=group_all[owner],
+        )
+        if world_size() > 1:
+            column_lse = gather_with_gradient(column_lse.unsqueeze(0)).logsumexp(dim=0)
+        own_column = (owner >= first) & (owner < first + num_local)
+
+        own = scale * torch.einsum("od,ovd->ov", cad, image)  # logits of the positives
+        if self.positives == "outside":
+            num_views = view_mask.sum(dim=1).clamp(min=1)
+            attracted = own.masked_fill(~view_mask, 0.0).sum(dim=1) / num_views
+        else:
+            attracted = own.masked_fill(~view_mask, torch.finfo(own.dtype).min).logsumexp(dim=1)
+        has_view = view_mask.any(dim=1)
+        # torch.where would let the -inf of an object that has nothing to compare with through to the gradient.
+        cad_to_image = (row_lse[has_view] - attracted[has_view]).sum() / num_objects.clamp(min=1)
+        image_to_cad = (column_lse[own_column] - own[view_mask]).sum() / num_images.clamp(min=1)
+        loss = world_size() * (cad_to_image + image_to_cad) / 2
+        if world_size() > 1:
+            # The value of the whole batch, with the gradient of this rank's share.
+            mean = loss.detach().clone()
+            dist.all_reduce(mean)
+            loss = loss + (mean / world_size() - loss.detach())
+        return loss
+
+
+def _largest_over_ranks(num_objects: int, num_views: int, device: torch.device) -> tuple[int, int]:
+    if world_size() == 1:
+        return num_objects, num_views
+    sizes = torch.tensor([num_objects, num_views], device=device)
+    dist.all_reduce(sizes, op=dist.ReduceOp.MAX)
+    return tuple(sizes.tolist())
