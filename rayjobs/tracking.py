@@ -9,7 +9,9 @@ in their file and are delivered when it is back, or by the next start of the sam
 
 import functools
 import json
+import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -39,6 +41,7 @@ _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
 }
 
@@ -83,7 +86,7 @@ class Tracking:
         """The experiment's id; it is created when missing. Raises MLflow's and connection errors."""
         with self._lock:
             if self._experiment_id is None:
-                with _exclusive(self.uri):
+                with exclusive(self.uri):
                     found = self.client.get_experiment_by_name(self.experiment)
                     if found is not None and found.lifecycle_stage != "active":
                         self.client.restore_experiment(found.experiment_id)
@@ -175,6 +178,7 @@ def open_tracking(config: TrackingConfig, task: str) -> Tracking:
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     uri, artifacts = os.environ.get("MLFLOW_TRACKING_URI", ""), None
     if not uri:
         folder = Path(config.folder).expanduser().absolute()
@@ -194,7 +198,7 @@ def _database(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
-def _exclusive(uri: str) -> Any:
+def exclusive(uri: str) -> Any:
     """A lock between processes for steps that must not happen twice at once; nothing for a server, which has its
     own."""
     import contextlib
@@ -213,7 +217,7 @@ def _initialise(uri: str) -> None:
     ready = database.with_name(database.name + ".ready")
     try:
         database.parent.mkdir(parents=True, exist_ok=True)
-        with _exclusive(uri):
+        with exclusive(uri):
             from mlflow.version import VERSION
 
             if database.exists() and ready.exists() and ready.read_text() == VERSION:
@@ -248,11 +252,7 @@ def _may_pass(error: Exception) -> bool:
     from sqlalchemy.exc import OperationalError
 
     text = str(error)
-    return (
-        isinstance(error, OperationalError | requests.RequestException)
-        or "database is locked" in text
-        or "INTERNAL_ERROR" in text
-    )
+    return isinstance(error, OperationalError | requests.RequestException) or "database is locked" in text or "INTERNAL_ERROR" in text
 
 
 def _short(error: Exception) -> str:
@@ -312,7 +312,7 @@ class TrackedRun:
             if parent_id is None:
                 raise OSError(f"its parent {self._parent.name} is not open")
             tags["mlflow.parentRunId"] = parent_id
-        with _exclusive(self._tracking.uri):
+        with exclusive(self._tracking.uri):
             found = client.search_runs(
                 [experiment_id],
                 f"tags.`{RUN_KEY_TAG}` = '{_quoted(self.key)}'",
@@ -363,7 +363,7 @@ class TrackedRun:
         def send() -> bool:
             for line in lines:
                 stamp = int(1_000 * float(line.get("time") or time.time()))
-                values = {name: value for name, value in sorted(line["metrics"].items()) if _is_number(value)}
+                values = {tracked_name(name): value for name, value in sorted(line["metrics"].items()) if _is_number(value)}
                 if "epoch" in line:
                     # Last: a step whose epoch is in the run's history was delivered whole.
                     values["epoch"] = line["epoch"]
@@ -379,9 +379,7 @@ class TrackedRun:
         run_id = self.open()
         if run_id is None:
             return None
-        history = self._tracking.attempt(
-            f"read run {self.name}", lambda: self._tracking.client.get_metric_history(run_id, "epoch")
-        )
+        history = self._tracking.attempt(f"read run {self.name}", lambda: self._tracking.client.get_metric_history(run_id, "epoch"))
         return None if history is None else {metric.step for metric in history}
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
@@ -391,9 +389,7 @@ class TrackedRun:
             from mlflow.entities import RunTag
 
             entities = [RunTag(name, str(value)) for name, value in tags.items()]
-            self._tracking.attempt(
-                f"tag run {self.name}", lambda: self._tracking.client.log_batch(run_id, tags=entities)
-            )
+            self._tracking.attempt(f"tag run {self.name}", lambda: self._tracking.client.log_batch(run_id, tags=entities))
 
     def log_artifact(self, path: Path, folder: str | None = None) -> bool:
         """Upload a file, or a folder with all below it. Whether it could be done."""
@@ -413,6 +409,11 @@ class TrackedRun:
         run_id = self.open()
         if run_id is not None:
             self._tracking.attempt(f"end run {self.name}", lambda: self._tracking.client.set_terminated(run_id, status))
+
+
+def tracked_name(metric: str) -> str:
+    """A metric's name as MLflow accepts it, which allows no ``@``: ``val/recall@3`` -> ``val/recall_at_3``."""
+    return re.sub(r"[^\w\-. :/]", "_", metric.replace("@", "_at_"), flags=re.ASCII)
 
 
 def _is_number(value: Any) -> bool:
@@ -445,9 +446,7 @@ def _git_tags() -> dict[str, str]:
     answers = []
     for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
         try:
-            done = subprocess.run(
-                ["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10, check=True
-            )
+            done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10, check=True)
         except (OSError, subprocess.SubprocessError):
             return {}
         answers.append(done.stdout.strip())
