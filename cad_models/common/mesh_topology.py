@@ -1,11 +1,14 @@
 """Which faces of a mesh meet: equal vertices, closed surfaces, bodies."""
 
+from typing import no_type_check
+
 import numpy as np
 from jaxtyping import Float, Int
 from numba import njit
 
 
 @njit(cache=True)
+@no_type_check  # type checkers would wrap what numba must compile
 def _merge(bits, table):
     """Gives equal rows of ``bits`` equal numbers, in order of first appearance; ``table`` is filled with -1, its length a power of two."""
     mask = len(table) - 1
@@ -88,6 +91,7 @@ def _edges(faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @njit(cache=True)
+@no_type_check  # type checkers would wrap what numba must compile
 def _unite(left, right, parent):
     for pair in range(len(left)):
         a, b = left[pair], right[pair]

@@ -6,6 +6,7 @@ afterwards, so every value is the correctly rounded one.
 """
 
 import re
+from typing import no_type_check
 
 import numpy as np
 from numba import njit
@@ -16,6 +17,7 @@ _NUMBER = re.compile(rb"[-+]?[0-9]*\.?[0-9]*(?:[eE][-+]?[0-9]+)?")
 
 
 @njit(cache=True)
+@no_type_check  # type checkers would wrap what numba must compile
 def skip_token(text, position, stop):
     """The position behind the token at ``position``."""
     while position < stop and text[position] > 32:
@@ -24,6 +26,7 @@ def skip_token(text, position, stop):
 
 
 @njit(cache=True)
+@no_type_check  # type checkers would wrap what numba must compile
 def scan_number(text, position, stop):
     """Reads one number at ``position``; ``#`` ends it (a comment), except in ``1.#INF``. NaN and infinities in any spelling give NaN.
 
@@ -92,6 +95,7 @@ def scan_number(text, position, stop):
 
 
 @njit(cache=True)
+@no_type_check  # type checkers would wrap what numba must compile
 def scan_integer(text, position, stop):
     """Reads one integer of at most 18 digits at ``position``, whatever follows it.
 
@@ -114,6 +118,7 @@ def scan_integer(text, position, stop):
 
 
 @njit(cache=True)
+@no_type_check  # type checkers would wrap what numba must compile
 def _scan_numbers(text, values, long_at, begins_line):
     position, stop, count = 0, len(text), 0
     new_line = True

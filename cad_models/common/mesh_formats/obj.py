@@ -1,5 +1,7 @@
 """OBJ: polygons of Wavefront's text format. Materials, curves and free-form surfaces are ignored; no other file is opened."""
 
+from typing import no_type_check
+
 import numpy as np
 from numba import njit
 
@@ -9,6 +11,7 @@ from cad_models.common.mesh_formats.polygons import triangulated
 
 
 @njit(cache=True)
+@no_type_check  # type checkers would wrap what numba must compile
 def _count(text):
     """(lines "v", lines "f", corners of these)"""
     position, stop = 0, len(text)
@@ -34,6 +37,7 @@ def _count(text):
 
 
 @njit(cache=True)
+@no_type_check  # type checkers would wrap what numba must compile
 def _scan(text, values, long_at, sizes, corners):
     """Fills vertices and corners, these counted from 0; an index 0 of the file becomes -1. Returns (corners, position of an error or -1)."""
     position, stop = 0, len(text)

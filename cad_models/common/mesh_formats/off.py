@@ -1,6 +1,7 @@
 """OFF: the Object File Format of Geomview, as real files have it."""
 
 import re
+from typing import no_type_check
 
 import numpy as np
 from numba import njit
@@ -14,6 +15,7 @@ _HEADER = re.compile(rb"\s*(?:#[^\n]*\n\s*)*(ST)?(C)?(N)?(4)?(n)?OFF", re.ASCII)
 
 
 @njit(cache=True)
+@no_type_check  # type checkers would wrap what numba must compile
 def _next_record(text, position, stop):
     """The next character that is neither white space nor in a comment."""
     while position < stop:
@@ -28,6 +30,7 @@ def _next_record(text, position, stop):
 
 
 @njit(cache=True)
+@no_type_check  # type checkers would wrap what numba must compile
 def _next_on_line(text, position, stop):
     while position < stop and text[position] <= 32 and text[position] != 10 and text[position] != 13:
         position += 1
@@ -35,6 +38,7 @@ def _next_on_line(text, position, stop):
 
 
 @njit(cache=True)
+@no_type_check  # type checkers would wrap what numba must compile
 def _skip_line(text, position, stop):
     while position < stop and text[position] != 10 and text[position] != 13:
         position += 1
@@ -42,6 +46,7 @@ def _skip_line(text, position, stop):
 
 
 @njit(cache=True)
+@no_type_check  # type checkers would wrap what numba must compile
 def _scan_vertices(text, position, num_vertices, values, long_at):
     """One vertex a line, what follows the third number (normal, colour) is ignored. Returns (vertices read, position)."""
     stop = len(text)
@@ -60,6 +65,7 @@ def _scan_vertices(text, position, num_vertices, values, long_at):
 
 
 @njit(cache=True)
+@no_type_check  # type checkers would wrap what numba must compile
 def _scan_faces(text, position, num_faces, sizes, corners):
     """One face a line: n, n indices, perhaps a colour. Returns (faces read, corners, position)."""
     stop, count = len(text), 0

@@ -1,6 +1,7 @@
 """PLY: ASCII and binary of both byte orders (G. Turk, "The PLY polygon file format", 1994)."""
 
 from dataclasses import dataclass, field
+from typing import no_type_check
 
 import numpy as np
 from numba import njit
@@ -60,6 +61,7 @@ def _header(data: bytes) -> tuple[str, list[_Element], int]:
 
 
 @njit(cache=True)
+@no_type_check  # type checkers would wrap what numba must compile
 def _read_integer(data, position, size, signed, big_endian):
     value = 0
     for i in range(size):
@@ -70,6 +72,7 @@ def _read_integer(data, position, size, signed, big_endian):
 
 
 @njit(cache=True)
+@no_type_check  # type checkers would wrap what numba must compile
 def _scan_binary_lists(data, position, num_rows, item_size, item_signed, length_size, length_signed, target, big_endian, sizes, corners):
     """Walks rows whose lists make them unequal. ``length_size`` is 0 for scalars. Returns (rows read, corners, position)."""
     stop, count = len(data), 0
@@ -97,6 +100,7 @@ def _scan_binary_lists(data, position, num_rows, item_size, item_signed, length_
 
 
 @njit(cache=True)
+@no_type_check  # type checkers would wrap what numba must compile
 def _scan_ascii_lists(values, begins_line, position, num_rows, is_list, target, sizes, corners):
     """As the binary walk, over the numbers of a text. A row is a line; more numbers on it than the header declares are skipped."""
     stop, count = len(values), 0

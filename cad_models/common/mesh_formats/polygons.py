@@ -1,5 +1,7 @@
 """Polygons of a file -> triangles."""
 
+from typing import no_type_check
+
 import numpy as np
 from numba import njit
 
@@ -9,6 +11,7 @@ _LARGEST_CLIPPED = 512  # ear clipping costs the square of the corners: longer p
 
 
 @njit(cache=True)
+@no_type_check  # type checkers would wrap what numba must compile
 def _inside(ax, ay, bx, by, cx, cy, px, py):
     return (
         (bx - ax) * (py - ay) - (by - ay) * (px - ax) >= 0
@@ -18,6 +21,7 @@ def _inside(ax, ay, bx, by, cx, cy, px, py):
 
 
 @njit(cache=True)
+@no_type_check  # type checkers would wrap what numba must compile
 def _triangulate(vertices, sizes, corners, largest_clipped, triangles):
     row, start = 0, 0
     for size in sizes:

@@ -1,5 +1,7 @@
 """STL: binary and ASCII, with one or several solids."""
 
+from typing import no_type_check
+
 import numpy as np
 from numba import njit
 
@@ -71,6 +73,7 @@ def _read_binary(data: bytes, max_faces: int) -> RawMesh:
 
 
 @njit(cache=True)
+@no_type_check  # type checkers would wrap what numba must compile
 def _is_word(text, start, stop, word):
     if stop - start != len(word):
         return False
@@ -81,6 +84,7 @@ def _is_word(text, start, stop, word):
 
 
 @njit(cache=True)
+@no_type_check  # type checkers would wrap what numba must compile
 def _scan_ascii(text, values, long_at):
     """Fills the coordinates of all "vertex" records of a lower-case text.
 
