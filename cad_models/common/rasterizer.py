@@ -11,9 +11,7 @@ from numba import njit
 
 _WELD_CELLS = 2.0**19  # cells per unit: points within about 2e-6 of the bounding radius become one
 _MIN_HEIGHT = 2e-6  # of a face, in bounding radii: thinner ones are below float32 noise, their normals are meaningless
-_MAX_VALENCE = (
-    256  # corners of larger fans keep the normal of their face: caps are flat, and a sum over all pairs is quadratic
-)
+_MAX_VALENCE = 256  # corners of larger fans keep the normal of their face: caps are flat, and a sum over all pairs is quadratic
 _STEP = 0.008  # depth step, in bounding radii, that is drawn as a line
 
 _AMBIENT = 0.42
@@ -270,11 +268,7 @@ def _fill(projected, triangles, corner_normals, axes, slopes, nearness, shade, o
 @no_type_check
 def _is_line(f, g, near_f, near_g, axis, face_normals, slopes, cos_crease, step):
     """Whether two neighbouring samples on faces ``f`` and ``g`` lie on surfaces that do not continue each other."""
-    cosine = (
-        face_normals[f, 0] * face_normals[g, 0]
-        + face_normals[f, 1] * face_normals[g, 1]
-        + face_normals[f, 2] * face_normals[g, 2]
-    )
+    cosine = face_normals[f, 0] * face_normals[g, 0] + face_normals[f, 1] * face_normals[g, 1] + face_normals[f, 2] * face_normals[g, 2]
     if abs(cosine) < cos_crease:
         return True
     # Where two faces join between the samples, extending the nearer-by of them misses by at most half the

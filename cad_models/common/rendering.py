@@ -43,15 +43,13 @@ def render_views(
         ValueError: an index out of range, a coordinate that is not finite, no face, no extent, or no face with area.
     """
     if size < 1 or not 1 <= supersampling <= _MAX_SUPERSAMPLING:
-        raise ValueError(
-            f"size is {size} and supersampling {supersampling}: give size >= 1, supersampling 1 to {_MAX_SUPERSAMPLING}"
-        )
+        raise ValueError(f"size is {size} and supersampling {supersampling}: give size >= 1, supersampling 1 to {_MAX_SUPERSAMPLING}")
     if len(color) != 3 or not all(0 <= channel <= 255 for channel in color):
         raise ValueError(f"color is {color!r}: give three numbers from 0 to 255")
     points, triangles = _normalised(vertices, faces)
     ids, points = weld_points(points)
     triangles, face_normals, corner_normals = compute_corner_normals(
-        points, ids[triangles], float(np.cos(np.radians(CREASE_ANGLE_DEG)))
+        points, np.ascontiguousarray(ids[triangles]), float(np.cos(np.radians(CREASE_ANGLE_DEG)))
     )
     if len(triangles) == 0:
         raise ValueError(f"none of the {len(faces)} faces has an area: there is nothing to draw")
@@ -82,7 +80,7 @@ def _normalised(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np
     used = np.zeros(len(vertices), dtype=bool)
     used[faces] = True
     points = vertices if used.all() else vertices[used]
-    points = np.array(points, dtype=np.float64)
+    points = np.array(points, dtype=np.float64, order="C")  # one layout, so that nothing is compiled twice
     if not np.isfinite(points).all():
         bad = int((~np.isfinite(points)).any(axis=1).sum())
         raise ValueError(f"{bad} of {len(points)} vertices are not finite: repair or drop them before rendering")
