@@ -356,14 +356,14 @@ def group_duplicates(
         # Sorted by the coefficient that varies most, twins are close neighbours: few pairs are compared in full.
         key = table[:, 1 + int(np.argmax(table[:, 1:].std(axis=0)))]
         order = np.argsort(key, kind="stable")
-        key, table, owners = key[order], table[order], owners[order]
+        key, table, owner = key[order], table[order], owners[order].tolist()
         widest = 2 * float(table[:, 0].max())
         for position in range(len(order) - 1):
             end = int(np.searchsorted(key, key[position] + widest, side="right"))
             rivals = table[position + 1 : end]
             tolerance = table[position, 0] + rivals[:, 0]
             same = np.abs(rivals[:, 1:] - table[position, 1:]).max(axis=1, initial=0.0) <= tolerance
-            for rival in np.flatnonzero(same):
-                a, b = root(owners[position]), root(owners[position + 1 + rival])
+            for rival in np.flatnonzero(same).tolist():
+                a, b = root(owner[position]), root(owner[position + 1 + rival])
                 first[max(a, b)] = min(a, b)
     return np.array([root(index) for index in range(len(first))], np.int64)

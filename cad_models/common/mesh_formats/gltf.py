@@ -188,7 +188,8 @@ def read_gltf(data: bytes, max_faces: int) -> RawMesh:
     try:
         tree = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise BadMesh("malformed", f"JSON: {error}") from error
+        is_json = text.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{")
+        raise BadMesh("malformed" if is_json else "not_a_mesh", f"JSON: {error}") from error
     if not isinstance(tree, dict) or not isinstance(tree.get("asset"), dict):
         raise BadMesh("not_a_mesh", "JSON that is no glTF: it has no 'asset'")
     try:

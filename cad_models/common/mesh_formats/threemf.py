@@ -39,8 +39,6 @@ class _Part:
                 self._corners.append(int(attributes["v1"]))
                 self._corners.append(int(attributes["v2"]))
                 self._corners.append(int(attributes["v3"]))
-                if len(self._corners) > 3 * self._max_faces:
-                    check_num_faces(len(self._corners) // 3, self._max_faces)
             elif name == "object":
                 self._object = attributes["id"]
                 self._points, self._corners = array("d"), array("q")
@@ -54,6 +52,8 @@ class _Part:
             raise BadMesh("malformed", f"<{name}> without attribute {error}") from error
         except (ValueError, OverflowError) as error:
             raise BadMesh("malformed", f"<{name}>: {error}") from error
+        if name == "triangle":
+            check_num_faces(len(self._corners) // 3, self._max_faces)
 
     def end(self, name: str) -> None:
         if name == "object":
@@ -68,6 +68,11 @@ def _reference(attributes: dict[str, str]) -> tuple[str, str | None, np.ndarray]
         transform[:3, :] = np.array([float(word) for word in attributes["transform"].split()]).reshape(4, 3).T
     path = next((value for name, value in attributes.items() if name.rpartition("}")[2] == "path"), None)
     return attributes["objectid"], path, transform
+
+
+def _absolute(name: str) -> str:
+    """The name of a part as packages write it in references: from the root, with one slash."""
+    return posixpath.normpath("/" + name.lstrip("/"))
 
 
 def _inflate(archive: zipfile.ZipFile, name: str, budget: int) -> bytes:
@@ -96,7 +101,7 @@ def read_3mf(data: bytes, max_faces: int) -> RawMesh:
 
 def _read_archive(data: bytes, max_faces: int) -> RawMesh:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        models = {posixpath.normpath("/" + entry.filename): entry for entry in archive.infolist() if entry.filename.lower().endswith(".model")}
+        models = {_absolute(entry.filename): entry for entry in archive.infolist() if entry.filename.lower().endswith(".model")}
         if not models:
             raise BadMesh("not_a_mesh", "a ZIP archive without a .model file")
         for entry in models.values():
@@ -130,7 +135,7 @@ def _build(parts: dict[str, _Part], max_faces: int) -> RawMesh:
     while stack:
         path, (name, other, local), outer, depth = stack.pop()
         scene.visit(depth)
-        path = posixpath.normpath("/" + other) if other else path
+        path = _absolute(other) if other else path
         if path not in parts or name not in parts[path].vertices:
             raise BadMesh("malformed", f"object {name} of {path} is placed but not defined")
         with np.errstate(over="ignore", invalid="ignore"):
