@@ -151,11 +151,13 @@ def draw_views(points, triangles, face_normals, corner_normals, axes, lenses, si
         owner[:] = -1
         lines[:] = 0
         _project(points, axes[view], lenses[view, 0], lenses[view, 1], side, projected)
+        top, bottom = _covered(projected[:, 1], supersampling, size)
+        left, right = _covered(projected[:, 0], supersampling, size)
         _fill(projected, triangles, corner_normals, axes[view], slopes, nearness, shade, owner)
         distance = lenses[view, 0]
         step = _STEP / (distance * distance) if distance > 0.0 else _STEP
-        _find_lines(owner, nearness, face_normals, slopes, cos_crease, step, lines)
-        _resolve(owner, shade, lines, supersampling, color, pictures[view])
+        _find_lines(owner, nearness, face_normals, slopes, cos_crease, step, lines, top, bottom, left, right)
+        _resolve(owner, shade, lines, supersampling, color, pictures[view], top, bottom, left, right)
     return pictures
 
 
@@ -179,6 +181,18 @@ def _project(points, axes, distance, focal, side, projected):
             projected[i, 0] = half + scale * right
             projected[i, 1] = half - scale * up
         projected[i, 2] = near
+
+
+@njit(cache=True)
+@no_type_check
+def _covered(positions, supersampling, size):
+    """The half-open range of samples, in whole pixels with one to spare, that holds all points along one axis."""
+    low, high = np.inf, -np.inf
+    for position in positions:
+        low, high = min(low, position), max(high, position)
+    first = max(0, int(np.floor(low / supersampling)) - 1)
+    last = min(size, int(np.ceil(high / supersampling)) + 1)
+    return first * supersampling, last * supersampling
 
 
 @njit(cache=True)
@@ -281,11 +295,11 @@ def _is_line(f, g, near_f, near_g, axis, face_normals, slopes, cos_crease, step)
 
 @njit(cache=True)
 @no_type_check
-def _find_lines(owner, nearness, face_normals, slopes, cos_crease, step, lines):
+def _find_lines(owner, nearness, face_normals, slopes, cos_crease, step, lines, top, bottom, left, right):
     """Mark samples on silhouettes (inside), creases and depth steps (both sides)."""
     side = owner.shape[0]
-    for row in range(side):
-        for column in range(side):
+    for row in range(top, bottom):
+        for column in range(left, right):
             f = owner[row, column]
             for axis in range(2):
                 next_row, next_column = row + axis, column + 1 - axis
@@ -317,12 +331,11 @@ def _find_lines(owner, nearness, face_normals, slopes, cos_crease, step, lines):
 
 @njit(cache=True)
 @no_type_check
-def _resolve(owner, shade, lines, supersampling, color, picture):
+def _resolve(owner, shade, lines, supersampling, color, picture, top, bottom, left, right):
     """Average the samples of each pixel; pixels without samples stay white."""
-    size = picture.shape[0]
     share = 1.0 / (supersampling * supersampling)
-    for row in range(size):
-        for column in range(size):
+    for row in range(top // supersampling, bottom // supersampling):
+        for column in range(left // supersampling, right // supersampling):
             white, light, dark = 0, 0.0, 0
             for y in range(row * supersampling, (row + 1) * supersampling):
                 for x in range(column * supersampling, (column + 1) * supersampling):
