@@ -6,6 +6,7 @@ registration was killed in between are used or removed by the next one.
 """
 
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -220,7 +221,9 @@ def save_model(ensemble: Path, target: Path) -> None:
 
     here = Path(__file__).resolve().parent
     requirements = [f"{name}=={importlib.metadata.version(name)}" for name in _REQUIREMENTS]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        # MLflow wants an example to run the model on; this one needs files of the user's.
+        warnings.filterwarnings("ignore", message=".*input example was not provided.*")
         # Without compiled code: it belongs to this machine.
         code = Path(folder) / "cad_models"
         shutil.copytree(Path(cad_models.__file__).parent, code, ignore=shutil.ignore_patterns("__pycache__", ".*"))

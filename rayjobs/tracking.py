@@ -25,6 +25,8 @@ from cad_models.dataset import Folder
 from rayjobs.cli import TrackingConfig
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     import psutil
     from mlflow import MlflowClient
 
@@ -76,9 +78,15 @@ class Tracking:
         """MLflow's client for this store."""
         with self._lock:
             if self._client is None:
-                from mlflow import MlflowClient
+                import mlflow
 
-                self._client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+                # The registry of an SQLite store looks models up in the process's own store, whatever the client was told. MLflow also puts it
+                # into the environment, where it would outlive this object.
+                given = os.environ.get("MLFLOW_TRACKING_URI")
+                mlflow.set_tracking_uri(self.uri)
+                if given is None:
+                    os.environ.pop("MLFLOW_TRACKING_URI", None)
+                self._client = mlflow.MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
             return self._client
 
     @property
@@ -198,9 +206,9 @@ def _database(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
-def exclusive(uri: str) -> Any:
-    """A lock between processes for steps that must not happen twice at once; nothing for a server, which has its
-    own."""
+@functools.cache
+def exclusive(uri: str) -> "AbstractContextManager[Any]":
+    """A lock between processes (re-entrant within a thread) for steps that must not happen twice at once; none for a server, which has its own."""
     import contextlib
 
     from filelock import FileLock
