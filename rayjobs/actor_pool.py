@@ -65,11 +65,10 @@ def run_units(units: Sequence[dict[str, Any]], worker: type, arguments: tuple, p
     """
     import ray.data
 
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     dataset = ray.data.from_items(list(units), override_num_blocks=min(len(units), _MAX_BLOCKS))
     units_per_block = -(-len(units) // _MAX_BLOCKS)
     dataset.context.execution_no_progress_timeout_s = 300.0 + longest_unit_s * units_per_block * 2
-    dataset.context.enable_progress_bars = False
     strategy = ray.data.ActorPoolStrategy(min_size=pool.min_workers, max_size=pool.max_workers, initial_size=pool.min_workers)
     mapped = dataset.map(
         worker,
