@@ -324,8 +324,8 @@ def _holds(columns: Columns) -> str:
 
 # --- answers ------------------------------------------------------------------------------------------------------------------------------
 def combine_embeddings(
-    members: Sequence[Float[np.ndarray, "*items width"]], *, rule: str = "concatenate", weights: Sequence[float] | None = None
-) -> Float[np.ndarray, "*items combined"]:
+    members: Sequence[Float[np.ndarray, "*items _"]], *, rule: str = "concatenate", weights: Sequence[float] | None = None
+) -> Float[np.ndarray, "*items _"]:
     """The members' unit embeddings of the same things -> one, whose inner products rank as the ensemble does.
 
     ``concatenate``: scaled by the square roots of the weights' shares and laid side by side, so that the inner product is the weighted mean of the
