@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -130,11 +130,15 @@ def loop_config(
     )
 
 
-def fit(loop: "LoopConfig", plan: WorkerPlan | None, *, callbacks: list[Any] | None = None, quiet: bool = False) -> bool:
+def fit(
+    loop: "LoopConfig", plan: WorkerPlan | None, *, report: Callable[[dict[str, float]], None] | None = None, quiet: bool = False
+) -> bool:
     """Train until the end (True) or a stop request (False); resumes what the run's folder holds.
 
     Args:
         plan: Workers to use; None = this process.
+        report: Called with the metrics after each evaluation, when training in this process.
+        quiet: Show no progress.
 
     Raises:
         ValueError: what is wrong with the request, or that training diverged.
@@ -147,19 +151,20 @@ def fit(loop: "LoopConfig", plan: WorkerPlan | None, *, callbacks: list[Any] | N
     if folder.exists("result.json"):
         # Also a finished run must be the one that was asked for.
         Training(loop)._check_recipe()
-        print(f"{folder.uri} is finished: reused", file=sys.stderr)
+        if not quiet:
+            print(f"{folder.uri} is finished: reused", file=sys.stderr)
         return True
     with _stopping(folder), contextlib.nullcontext() if quiet else _shown(folder):
         if plan is None:
-            Training(loop).run()
+            Training(loop, report=report or (lambda metrics: None)).run()
         else:
-            _fit_workers(loop, plan, callbacks or [])
+            _fit_workers(loop, plan)
     if folder.exists("error.json"):
         raise ValueError(folder.read_json("error.json")["error"])
     return folder.exists("result.json")
 
 
-def _fit_workers(loop: "LoopConfig", plan: WorkerPlan, callbacks: list[Any]) -> None:
+def _fit_workers(loop: "LoopConfig", plan: WorkerPlan) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -175,7 +180,6 @@ def _fit_workers(loop: "LoopConfig", plan: WorkerPlan, callbacks: list[Any]) -> 
             # Checkpoints are the run folder's: Ray's own record of an earlier attempt must not stand in the way of this one.
             name=f"attempt-{uuid.uuid4().hex[:8]}",
             storage_path=folder.path("ray"),
-            callbacks=callbacks,
             failure_config=FailureConfig(max_failures=3, controller_failure_limit=3),
         ),
     )
@@ -211,13 +215,13 @@ def _shown(folder: Folder) -> Iterator[None]:
     done = threading.Event()
     started = time.monotonic()
     terminal = sys.stderr.isatty()
-    seen = len(_lines(folder))
+    seen = len(evaluations(folder))
 
     def show() -> None:
         nonlocal seen
         while True:
             ended = done.wait(1.0)
-            lines = _lines(folder)
+            lines = evaluations(folder)
             for line in lines[seen:]:
                 metrics = line["metrics"]
                 text = ", ".join(f"{name} {metrics[name]:.4g}" for name in _told(metrics))
@@ -247,7 +251,7 @@ def _shown(folder: Folder) -> Iterator[None]:
         thread.join(timeout=5)
 
 
-def _lines(folder: Folder) -> list[dict[str, Any]]:
+def evaluations(folder: Folder) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in folder.read_bytes("metrics.jsonl").decode().splitlines()]
     except FileNotFoundError:

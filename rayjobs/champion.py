@@ -1,0 +1,309 @@
+"""From the best trials of a search to the registry: members, the ensemble chosen among them, and the question who is champion.
+
+Choices are made on the validation split; the test split is only told. Everything here may be done twice: predictions are made once and their
+figures kept in the search's folder, versions are found again by their content, and the alias moves only for something strictly better.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import ray
+import torch
+
+from cad_models.checkpoint import load_member, member_digest
+from cad_models.config import json_digest
+from cad_models.dataset import DatasetError, Folder
+from cad_models.ensemble import pack, read_ensemble, unpack
+from cad_models.task import Predictions, Score, Task
+from rayjobs.loop import LoopConfig, predict_split
+from rayjobs.search import Trial
+from rayjobs.trials import trial_loop
+
+if TYPE_CHECKING:
+    from rayjobs.registry import Registry, Version
+
+SPLITS = ("val", "test")
+_ALIAS = "champion"
+
+
+# --- predictions ----------------------------------------------------------------------------------------------------------------------------
+class CannotBeMeasured(ValueError):
+    """A member does not fit the dataset's embeddings or points."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measuring:
+    """How members' predictions are made; picklable."""
+
+    base: LoopConfig
+    """Of the search's base recipe, with its streams."""
+    num_tasks: int
+    cpus_per_task: float
+    use_gpu: bool
+    cache_bytes: int
+
+    @property
+    def splits(self) -> list[str]:
+        """Those that hold objects."""
+        return [split for split in SPLITS if getattr(self.base, split).num_rows]
+
+
+def predict_members(members: Sequence[dict[str, bytes]], measuring: Measuring, splits: Sequence[str]) -> list[dict[str, Predictions]]:
+    """Each member's predictions of whole splits, made by Ray tasks that read the splits part by part.
+
+    Args:
+        members: Checkpoint folders as file name -> content.
+
+    Raises:
+        CannotBeMeasured: a member needs other embeddings or points than the dataset has; names both sides.
+    """
+    task = ray.remote(_predict).options(num_cpus=measuring.cpus_per_task, num_gpus=1 if measuring.use_gpu else 0, max_retries=3)
+    shares = [list(range(start, len(members), measuring.num_tasks)) for start in range(min(measuring.num_tasks, len(members)))]
+    shared = ray.put(measuring)
+    references = [task.remote([members[i] for i in share], shared, list(splits)) for share in shares]
+    results: list[dict[str, Predictions]] = [{} for _ in members]
+    try:
+        for share, predicted in zip(shares, ray.get(references), strict=True):
+            for i, of_member in zip(share, predicted, strict=True):
+                # Ray's arrays are read-only views of the object store.
+                results[i] = {split: {name: np.array(column) for name, column in of_split.items()} for split, of_split in of_member.items()}
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, CannotBeMeasured):
+            raise CannotBeMeasured(str(error.cause)) from error
+        raise
+    return results
+
+
+def _predict(members: list[dict[str, bytes]], measuring: Measuring, splits: list[str]) -> list[dict[str, Predictions]]:
+    device = torch.device("cuda" if measuring.use_gpu else "cpu")
+    torch.set_num_threads(measuring.base.num_threads)
+    results = []
+    for files in members:
+        with tempfile.TemporaryDirectory() as scratch:
+            directory = Path(scratch)
+            unpack(files, directory)
+            member = load_member(directory, device=str(device))
+        try:
+            loop = trial_loop(measuring.base, member.recipe, measuring.base.run_folder, cache_bytes=measuring.cache_bytes)
+        except DatasetError as error:
+            raise CannotBeMeasured(str(error)) from error
+        both = {name: (member.signature.get(name), loop.signature.get(name)) for name in {*member.signature, *loop.signature}}
+        unlike = [f"{name} {a!r} -> {b!r}" for name, (a, b) in sorted(both.items()) if a != b and name != "dataset_digest"]
+        if unlike:
+            raise CannotBeMeasured(f"it was trained for other inputs than this dataset has ({'; '.join(unlike)})")
+        results.append({split: predict_split(member.task, member.recipe, member.learner, getattr(loop, split), device) for split in splits})
+    return results
+
+
+# --- choosing -------------------------------------------------------------------------------------------------------------------------------
+def choose_members(
+    predictions: Sequence[Predictions], combine: Callable[[Sequence[Predictions]], Predictions], score_of: Callable[[Predictions], float], score: Score
+) -> tuple[list[int], float]:
+    """Greedy forward selection (Caruana et al. 2004, without repetition): the best member, then whichever adds most, as long as one adds anything.
+
+    Args:
+        predictions: The members', of the same objects.
+        combine: The ensemble rule.
+        score_of: What to improve.
+
+    Returns:
+        Positions in the order of choice, and the score of their combination.
+    """
+    chosen: list[int] = []
+    best: float | None = None
+    while True:
+        gains = []
+        for i in range(len(predictions)):
+            if i not in chosen:
+                tried = [predictions[k] for k in (*chosen, i)]
+                gains.append((score_of(combine(tried) if len(tried) > 1 else tried[0]), i))
+        pick: tuple[float, int] | None = None
+        for value, i in gains:  # of equal ones the first: the better trial
+            if score.better(value, best if pick is None else pick[0]):
+                pick = (value, i)
+        if pick is None:
+            break
+        best, position = pick
+        chosen.append(position)
+    if best is None:
+        raise ValueError(f"no member has a finite {score.name}")
+    return chosen, best
+
+
+def select(search: Folder, task: Task, trials: Sequence[Trial], measuring: Measuring) -> dict[str, Any]:
+    """Measure the trials' best checkpoints, alone and as an ensemble; kept in ``selection.json``, so that it is done once.
+
+    Returns:
+        ``members`` (one dict a trial: number, member_digest, best, metrics), ``chosen`` (positions in it), ``score`` and ``metrics`` of the ensemble.
+    """
+    results = [search.read_json(f"trials/{trial.digest}/result.json") for trial in trials]
+    key = json_digest([[r["member_digest"] for r in results], measuring.base.train.dataset.digest, task.score.name])
+    if search.exists("selection.json"):
+        before = search.read_json("selection.json")
+        if before["key"] == key:
+            return before
+    packed = []
+    for trial, result in zip(trials, results, strict=True):
+        with search.fetched(f"trials/{trial.digest}/{result['best']}") as directory:
+            packed.append(pack(directory))
+    predicted = predict_members(packed, measuring, measuring.splits)
+    score_name = task.score.name.split("/", 1)[1]
+    chosen, value = choose_members([p["val"] for p in predicted], task.combine, lambda p: task.evaluate(p)[score_name], task.score)
+    selection = {
+        "key": key,
+        "members": [
+            {
+                "trial": trial.number,
+                "digest": trial.digest,
+                "member_digest": result["member_digest"],
+                "best": result["best"],
+                "metrics": _metrics(task, of_member),
+            }
+            for trial, result, of_member in zip(trials, results, predicted, strict=True)
+        ],
+        "chosen": chosen,
+        "score": value,
+        "metrics": _metrics(task, _combined(task, [predicted[i] for i in chosen])),
+    }
+    search.write_json("selection.json", selection)
+    return selection
+
+
+def _combined(
+    task: Task, members: Sequence[dict[str, Predictions]], rule: str = "concatenate", weights: Sequence[float] | None = None
+) -> dict[str, Predictions]:
+    if len(members) == 1:
+        return members[0]
+    return {split: task.combine([member[split] for member in members], rule=rule, weights=weights) for split in members[0]}
+
+
+def _metrics(task: Task, predictions: dict[str, Predictions]) -> dict[str, float]:
+    return {f"{split}/{name}": float(value) for split, of_split in predictions.items() for name, value in task.evaluate(of_split).items()}
+
+
+# --- registering ----------------------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class Crowning:
+    """What became of the alias."""
+
+    moved: bool
+    """Whether this search's ensemble is champion now and was not before."""
+    told: str
+    """One line for people."""
+
+
+def register(
+    registry: "Registry", search: Folder, task: Task, trials: Sequence[Trial], selection: dict[str, Any], *, run_id: str | None
+) -> tuple[list["Version"], "Version"]:
+    """Register the measured members and the chosen ensemble; what is registered already is found again.
+
+    Returns:
+        A version for each of ``selection["members"]``, and the ensemble's.
+    """
+    tags = {"task": task.name, "score_name": task.score.name}
+    versions = []
+    for entry in selection["members"]:
+        trial = trials[entry["trial"]]
+        with search.fetched(f"trials/{entry['digest']}/{entry['best']}") as directory:
+            if member_digest(directory) != entry["member_digest"]:
+                raise ValueError(f"{search.path('trials/' + entry['digest'])} was changed after its training: delete it and run again")
+            versions.append(
+                registry.register_member(
+                    directory,
+                    score=entry["metrics"][task.score.name],
+                    run_id=trial.run_id or None,
+                    tags={**tags, "search": search.uri.rsplit("/", 1)[1], "trial": str(trial.number)},
+                )
+            )
+    ensemble = registry.register_ensemble(
+        [versions[i] for i in selection["chosen"]],
+        score=selection["score"],
+        run_id=run_id,
+        tags={**tags, "search": search.uri.rsplit("/", 1)[1], "dataset_digest": versions[0].tags.get("dataset_digest", "")},
+    )
+    return versions, ensemble
+
+
+def crown(
+    registry: "Registry", ensemble: "Version", search: Folder, task: Task, measuring: Measuring, value: float, *, replace_champion: bool
+) -> Crowning:
+    """Let ``champion`` name the ensemble if it is strictly better than the present champion on the same validation split.
+
+    Args:
+        value: The ensemble's score there.
+        replace_champion: Move it also when the present champion cannot be measured on this split.
+    """
+    name = f"{registry.name}@{_ALIAS}"
+    while True:
+        present = registry.alias(_ALIAS)
+        if present is None:
+            verdict = Crowning(moved=True, told=f"{name} is version {ensemble.version}: there was none before")
+        elif present.version == ensemble.version:
+            return Crowning(moved=False, told=f"{name} is version {ensemble.version}, this search's ensemble, already")
+        else:
+            verdict = _compared(registry, present, ensemble, search, task, measuring, value, replace_champion)
+        if not verdict.moved:
+            return verdict
+        again = registry.alias(_ALIAS)
+        # Measuring takes time, in which another search may have moved it.
+        if (again.version if again else None) == (present.version if present else None):
+            registry.move_alias(ensemble, _ALIAS)
+            return verdict
+
+
+def _compared(
+    registry: "Registry",
+    present: "Version",
+    ensemble: "Version",
+    search: Folder,
+    task: Task,
+    measuring: Measuring,
+    value: float,
+    replace_champion: bool,
+) -> Crowning:
+    name, score = f"{registry.name}@{_ALIAS}", task.score
+    try:
+        champion = measured_champion(registry, present, search, task, measuring)
+    except CannotBeMeasured as error:
+        told = f"version {present.version} cannot be measured on this validation split: {error}"
+        if replace_champion:
+            return Crowning(moved=True, told=f"{name} moved from version {present.version} to {ensemble.version} (--replace-champion; {told})")
+        return Crowning(
+            moved=False, told=f"{name} stays version {present.version}; {told}. --replace-champion moves it to version {ensemble.version}"
+        )
+    sides = f"{score.name} {value:.4f} of version {ensemble.version} against {champion:.4f} of version {present.version}, same split"
+    if score.better(value, champion):
+        return Crowning(moved=True, told=f"{name} moved from version {present.version} to {ensemble.version}: {sides}")
+    return Crowning(moved=False, told=f"{name} stays version {present.version}: {sides}")
+
+
+def measured_champion(registry: "Registry", present: "Version", search: Folder, task: Task, measuring: Measuring) -> float:
+    """The present champion's score on this search's validation split; kept in ``champion.json``, so that it is measured once."""
+    key = json_digest([present.digest, measuring.base.train.dataset.digest, task.score.name])
+    if search.exists("champion.json"):
+        before = search.read_json("champion.json")
+        if before["key"] == key:
+            return before["score"]
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "ensemble"
+        registry.gather([present.uri], directory)
+        entry = read_ensemble(directory)
+        if entry.task != task.name:
+            raise CannotBeMeasured(f"it is of task {entry.task}, not {task.name}")
+        packed = list(_packed_members(directory, len(entry.members)))
+    predicted = predict_members(packed, measuring, ["val"])
+    combined = _combined(task, predicted, entry.rule, [member.weight for member in entry.members])
+    value = _metrics(task, combined)[task.score.name]
+    search.write_json("champion.json", {"key": key, "version": present.version, "score": value})
+    return value
+
+
+def _packed_members(directory: Path, count: int) -> Iterator[dict[str, bytes]]:
+    for i in range(count):
+        yield pack(directory / "members" / str(i))
+

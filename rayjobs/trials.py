@@ -1,0 +1,362 @@
+"""The trials of a search as Ray Tune runs them: one Ray Train run each, in a folder of its own, resumed by itself.
+
+Ray Tune places, watches, restarts and stops the trials; which recipe comes next and which trial stops early is asked of `rayjobs.search`, whose
+journal is the only state that counts. Ray Tune's own snapshots are never read.
+"""
+
+import logging
+import os
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import ray
+from ray import tune
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from cad_models.config import Recipe, from_dict, replace_all, to_dict
+from cad_models.dataset import Folder
+from cad_models.task import Score, Task
+from cad_models.tasks import TASKS
+from rayjobs.loop import LoopConfig
+from rayjobs.resources import WorkerPlan
+from rayjobs.search import Journal, SearchConfig, Trial, ended, next_trial, should_stop
+from rayjobs.streams import SplitStream, open_dataset, read_examples
+from rayjobs.train import evaluations, fit
+
+# A trial whose own process is lost (with its node, say) is started again so often; lost workers are Ray Train's business.
+_MAX_RESTARTS = 2
+_POLL_S = 0.3
+_STOP_AGAIN_S = 1.0
+
+
+# --- in the trial's process -----------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class TrialSetting:
+    """What all trials of a search share; picklable."""
+
+    folder: str
+    """The search's folder."""
+    base: LoopConfig
+    """Of the base recipe."""
+    plan: WorkerPlan | None
+    """Workers of each trial; None = the trial's own process."""
+    cache_bytes: int
+
+
+def run_trial(config: dict[str, Any], setting: TrialSetting) -> None:
+    """What Ray Tune starts: one training to its end, to a stop request, or to a failure, which is reported and not raised.
+
+    Args:
+        config: ``recipe`` as JSON and ``digest``.
+    """
+    folder = Folder(setting.folder) / f"trials/{config['digest']}"
+    score = TASKS[setting.base.task].score.name
+    told = 0
+
+    def tell() -> None:
+        """Report what the run's file has and Ray Tune does not know; at a restart also what an earlier start has done."""
+        nonlocal told
+        for line in evaluations(folder)[told:]:
+            told += 1
+            tune.report({"epoch": int(line["epoch"]), "score": float(line["metrics"][score])})
+
+    try:
+        tell()
+        outcome = _trained(config, setting, folder, tell)
+    except Exception as error:  # one trial must not stop the search: the reason is recorded, and shown in its table
+        outcome = {"outcome": "failed", "reason": _reason(error)}
+    tune.report(outcome)
+
+
+def _trained(config: dict[str, Any], setting: TrialSetting, folder: Folder, tell: Callable[[], None]) -> dict[str, Any]:
+    if Folder(setting.folder).exists("STOP"):
+        return {"outcome": "stopped"}
+    recipe = from_dict(type(setting.base.recipe), config["recipe"])
+    loop = trial_loop(setting.base, recipe, folder.uri, cache_bytes=setting.cache_bytes)
+    if setting.plan is None:
+        finished = fit(loop, None, report=lambda metrics: tell(), quiet=True)
+    else:
+        finished = _fit_beside(loop, setting.plan, folder, tell)
+    if not finished:
+        return {"outcome": "stopped"}
+    return {"outcome": "complete", "best": float(folder.read_json("result.json")["score"])}
+
+
+def _fit_beside(loop: LoopConfig, plan: WorkerPlan, folder: Folder, tell: Callable[[], None]) -> bool:
+    """Train in a second thread while this one reports: every evaluation reaches Ray Tune, in order, and waits for its verdict."""
+    box: dict[str, Any] = {}
+
+    def work() -> None:
+        try:
+            box["finished"] = fit(loop, plan, quiet=True)
+        except BaseException as error:  # raised again by the thread that waits
+            box["error"] = error
+
+    thread = threading.Thread(target=work, name="training", daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(_POLL_S)
+            tell()
+    except SystemExit:
+        # Ray Tune stops a trial by ending this thread within its report. The workers must end too, and give back what they hold.
+        folder.write_bytes("STOP", b"")
+        thread.join()
+        raise
+    tell()
+    if "error" in box:
+        raise box["error"]
+    return box["finished"]
+
+
+def _reason(error: Exception) -> str:
+    """One line; a Ray Train error's cause lies at the end of its chain."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
+    text = lines[-1].strip() if lines else ""
+    return text if isinstance(cause, ValueError) else f"{type(cause).__name__}: {text}"
+
+
+def trial_loop(base: LoopConfig, recipe: Recipe, run_folder: str, *, cache_bytes: int) -> LoopConfig:
+    """The loop of one trial. Where its recipe reads the same arrays as the base recipe's, it shares what that holds in the object store."""
+    task = TASKS[base.task]
+    dataset = open_dataset(base.train.dataset.uri, task, recipe)
+    streams = {split: getattr(base, split) for split in ("train", "val", "test")}
+    if _same_examples(streams["train"], replace(streams["train"], dataset=dataset, recipe=recipe, blocks=[])):
+        streams = {split: replace(stream, recipe=recipe) for split, stream in streams.items()}
+    else:
+        streams = {split: SplitStream(dataset=dataset, recipe=recipe, split=split).cached(cache_bytes) for split in streams}
+    return replace(
+        base, recipe=recipe, signature=task.signature(recipe, dataset.signature_inputs), run_folder=Folder(run_folder).uri, **streams
+    )
+
+
+def _same_examples(left: SplitStream, right: SplitStream) -> bool:
+    """Whether two streams give the same arrays: compared on one part, for `Task.examples` is a pure function of tables and recipe."""
+    if left.dataset != right.dataset:
+        return False
+    part = next(p for p, rows in enumerate(left.part_rows) if rows)
+    a, b = (read_examples(stream.dataset, stream.recipe, stream.split, part) for stream in (left, right))
+    return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and np.array_equal(a[name], b[name]) for name in a)
+
+
+# --- in the driver --------------------------------------------------------------------------------------------------------------------------
+class LiveSearch:
+    """A search under way, between its journal and Ray Tune.
+
+    Args:
+        on_start: Called with each trial that starts or goes on.
+        on_end: Called with each trial that ended.
+    """
+
+    def __init__(
+        self,
+        *,
+        folder: Folder,
+        task: Task,
+        base: Recipe,
+        config: SearchConfig,
+        on_start: Callable[[Trial], None],
+        on_end: Callable[[Trial], None],
+    ) -> None:
+        self._folder, self._task, self._base, self._config = folder, task, base, config
+        self._on_start, self._on_end = on_start, on_end
+        self.journal = Journal(folder)
+        self._live: dict[str, int] = {}
+        self._scores: dict[int, dict[int, float]] = {trial.number: dict(trial.scores) for trial in self.journal.trials}
+        self._outcomes: dict[str, dict[str, Any]] = {}
+        self._pruned: set[str] = set()
+        self._started: dict[str, float] = {}
+        self._asked_at = 0.0
+        self.stopping = False
+        """Whether the user asked to stop."""
+        self.exhausted = False
+        """Whether the space holds no further recipe."""
+
+    @property
+    def score(self) -> Score:
+        """What ranks trials."""
+        return self._task.score
+
+    def num_left(self) -> int:
+        """Trials that are to be started or to go on."""
+        return self._config.num_samples - sum(trial.finished for trial in self.journal.trials[: self._config.num_samples])
+
+    def suggest(self, tune_id: str) -> dict[str, Any] | None:
+        """The configuration of the next trial: first those that an earlier driver began; None = there is no more."""
+        trial = None if self.stopping else self._next()
+        if trial is None:
+            return None
+        self._live[tune_id] = trial.number
+        self._started[tune_id] = time.monotonic()
+        # Told again by the trial itself, so that the rule sees its evaluations in their order.
+        self._scores[trial.number] = {}
+        self._on_start(trial)
+        return {"digest": trial.digest, "recipe": to_dict(replace_all(self._base, trial.values))}
+
+    def _next(self) -> Trial | None:
+        trials, live = self.journal.trials, set(self._live.values())
+        begun = [trial for trial in trials[: self._config.num_samples] if not trial.finished and trial.number not in live]
+        if begun:
+            return begun[0]
+        if len(trials) >= self._config.num_samples:
+            return None
+        trial = next_trial(self._task, self._base, self._config, trials)
+        if trial is None:
+            self.exhausted = True
+            return None
+        self.journal.put(trial)
+        return trial
+
+    def observe(self, tune_id: str, result: dict[str, Any]) -> bool:
+        """Take a report; whether the trial is to be stopped."""
+        number = self._live[tune_id]
+        if "outcome" in result:
+            self._outcomes[tune_id] = result
+            return False
+        if "score" not in result or result["epoch"] in self._scores[number]:
+            return False
+        self._scores[number][result["epoch"]] = result["score"]
+        failed = {trial.number for trial in self.journal.trials if trial.state == "failed"}
+        stop = should_stop(
+            self._config.scheduler,
+            self.score,
+            self._scores[number],
+            [scores for other, scores in self._scores.items() if other != number and other not in failed and scores],
+            grace=self._config.grace(self._base.schedule.num_epochs),
+            num_epochs=self._base.schedule.num_epochs,
+        )
+        if stop:
+            self._pruned.add(tune_id)
+        return stop
+
+    def end(self, tune_id: str) -> None:
+        """Record what became of a trial; one that was stopped on request stays unfinished."""
+        number = self._live.pop(tune_id, None)
+        if number is None:
+            return
+        trial, outcome = self.journal.trials[number], self._outcomes.get(tune_id, {})
+        kind = "pruned" if tune_id in self._pruned else outcome.get("outcome", "failed")
+        seconds = time.monotonic() - self._started[tune_id]
+        if kind == "stopped" or (self.stopping and not outcome and tune_id not in self._pruned):
+            self.journal.put(replace(trial, seconds=trial.seconds + seconds))
+            return
+        reason = outcome.get("reason", "its process was lost too often") if kind == "failed" else ""
+        trial = ended(
+            trial, kind, self.score, scores=self._scores[number], seconds=seconds, best=outcome.get("best"), reason=reason
+        )
+        self.journal.put(trial)
+        self._on_end(trial)
+
+    def ask_to_stop(self) -> None:
+        """Let the running trials stop with a checkpoint, and begin no more."""
+        self.stopping = True
+        self._folder.write_bytes("STOP", b"")
+        self.remind()
+
+    def remind(self) -> None:
+        """Ask the running trials once more: one that was just starting has not seen the first request."""
+        if not self.stopping or time.monotonic() - self._asked_at < _STOP_AGAIN_S:
+            return
+        self._asked_at = time.monotonic()
+        for number in list(self._live.values()):
+            (self._folder / f"trials/{self.journal.trials[number].digest}").write_bytes("STOP", b"")
+
+
+class _Unsaved:
+    """Ray Tune pickles what it is given into its experiment folder; the search's journal is the state, so there is nothing to keep."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class _Suggestions(_Unsaved, Searcher):
+    def __init__(self, live: LiveSearch) -> None:
+        super().__init__()
+        self._live_search = live
+
+    def suggest(self, trial_id: str) -> Any:
+        return self._live_search.suggest(trial_id) or Searcher.FINISHED
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """The scheduler takes every result, also those that stop a trial."""
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        self._live_search.end(trial_id)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing to save."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing to restore."""
+
+
+class _Verdicts(_Unsaved, FIFOScheduler):
+    def __init__(self, live: LiveSearch) -> None:
+        super().__init__()
+        self._live_search = live
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        return TrialScheduler.STOP if self._live_search.observe(trial.trial_id, result) else TrialScheduler.CONTINUE
+
+
+class _Reminder(_Unsaved, tune.Callback):
+    def __init__(self, live: LiveSearch) -> None:
+        self._live_search = live
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self._live_search.remind()
+
+
+def run_trials(live: LiveSearch, setting: TrialSetting, resources: dict[str, float], *, max_concurrent: int) -> None:
+    """Run what is left of a search, until it is complete or the user asks to stop.
+
+    Args:
+        resources: What a trial's own process holds; its workers hold theirs beside it.
+    """
+    if live.num_left() == 0:
+        return
+    for name, value in {
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the run folders have all figures
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours stops the trials with a checkpoint
+        "TUNE_MAX_PENDING_TRIALS_PG": str(max_concurrent),
+        "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "600",
+    }.items():
+        os.environ.setdefault(name, value)
+    # It looks for the files of the loggers that are switched off above.
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
+    folder = Folder(setting.folder)
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(run_trial, setting=setting), resources),
+        tune_config=tune.TuneConfig(
+            search_alg=_Suggestions(live),
+            scheduler=_Verdicts(live),
+            num_samples=live.num_left(),
+            max_concurrent_trials=max_concurrent,
+            # Starting a process and importing torch takes longer than a small trial.
+            reuse_actors=True,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=tune.RunConfig(
+            name=f"attempt-{uuid.uuid4().hex[:8]}",
+            storage_path=folder.path("ray"),
+            callbacks=[_Reminder(live)],
+            failure_config=tune.FailureConfig(max_failures=_MAX_RESTARTS),
+            verbose=0,
+        ),
+    )
+    try:
+        tuner.fit()
+    finally:
+        if ray.is_initialized():
+            folder.delete("ray")
+        sys.stdout.flush()
