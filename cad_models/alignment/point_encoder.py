@@ -155,7 +155,8 @@ class PointEncoder(nn.Module):
                 f"the points have {points.shape[-1]} columns, channels={config.channels!r} needs {config.num_channels}: "
                 "prepare them with the same channels as the encoder"
             )
-        xyz = points[..., :3].float()
+        points = points.float()
+        xyz = points[..., :3]
         if config.centers == "prefix":
             if xyz.shape[1] < config.num_groups:
                 raise ValueError(
@@ -168,7 +169,7 @@ class PointEncoder(nn.Module):
         if config.causal:
             centers = gather_points(centers, nearest_chain(centers))
         groups = gather_points(points, nearest_neighbors(centers, xyz, config.group_size))
-        groups[..., :3] -= centers.unsqueeze(2).to(groups.dtype)
+        groups[..., :3] -= centers.unsqueeze(2)
         return groups, centers
 
 

@@ -124,8 +124,8 @@ class _TwoWayLogSumExp(torch.autograd.Function):
             duplicates = _Duplicates(row_owner, column_owner, row_group, column_group)
             for r, c in _tiles(len(rows), len(columns), tile):
                 logits = duplicates.mask_(_logits(rows[r], columns[c], scale), r, c)
-                row_lse[r] = torch.logaddexp(row_lse[r], logits.logsumexp(1))
-                column_lse[c] = torch.logaddexp(column_lse[c], logits.logsumexp(0))
+                row_lse[r] = torch.logaddexp(row_lse[r], _logsumexp(logits, 1))
+                column_lse[c] = torch.logaddexp(column_lse[c], _logsumexp(logits, 0))
         ctx.save_for_backward(rows, columns, scale, row_lse, column_lse)
         ctx.duplicates, ctx.tile = duplicates, tile
         return row_lse, column_lse
@@ -173,6 +173,13 @@ class _Duplicates:
 
 def _logits(rows: Tensor, columns: Tensor, scale: Tensor) -> Tensor:
     return (rows * scale) @ columns.T
+
+
+def _logsumexp(logits: Tensor, axis: int) -> Tensor:
+    # torch.logsumexp takes four times as long on a CPU, as long as the matrix product before it.
+    highest = logits.amax(axis, keepdim=True)
+    highest.masked_fill_(highest.isneginf(), 0.0)
+    return (logits - highest).exp_().sum(axis).log_().add_(highest.squeeze(axis))
 
 
 def _tiles(num_rows: int, num_columns: int, tile: tuple[int, int]):

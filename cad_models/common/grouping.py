@@ -90,8 +90,8 @@ def nearest_neighbors(
     block_elements = _BLOCK_ELEMENTS_CPU if points.device.type == "cpu" else _BLOCK_ELEMENTS_ACCELERATOR
     rows = max(1, block_elements // max(1, batch * num_points))
     found = []
-    for block in queries.float().split(rows, dim=1):
-        distance = squared_distances(block, points.float())
+    for block in queries.split(rows, dim=1):
+        distance = squared_distances(block, points)
         # The bits of a non-negative float order as integers do; with the index below them no two keys are equal,
         # so that the choice among points at equal distance (duplicated vertices) is the same everywhere.
         key = distance.view(torch.int32).to(torch.int64).mul_(num_points).add_(index)

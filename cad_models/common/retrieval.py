@@ -12,6 +12,8 @@ from torch import Tensor
 
 # Bound on the elements of one block of scores.
 _BLOCK_ELEMENTS = 1 << 24
+# The same for candidates' vectors: they stay in the cache between being gathered and multiplied.
+_CANDIDATE_ELEMENTS = 1 << 18
 # Candidates beyond k that the float32 search hands to the exact comparison.
 _EXTRA_CANDIDATES = 32
 # Relative error of a product whose factors torch.set_float32_matmul_precision lets be TF32 or bfloat16.
@@ -99,13 +101,16 @@ def top_k(
     if k < 1:
         raise ValueError(f"k is {k}: ask for at least one answer a query")
     k = min(k, len(gallery))
-    queries32, gallery32 = queries.float(), gallery.float()
+    queries32 = queries.float()
     num_candidates = min(k + _EXTRA_CANDIDATES, len(gallery))
     chunk = chunk or max(num_candidates, _BLOCK_ELEMENTS // max(1, len(queries)))
     values = queries32.new_empty(len(queries), 0)
     candidates = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    longest = queries32.new_zeros(())
     for start in range(0, len(gallery), chunk):
-        scores = queries32 @ gallery32[start : start + chunk].T
+        part = gallery[start : start + chunk].float()
+        longest = torch.maximum(longest, part.norm(dim=1).max())
+        scores = queries32 @ part.T
         found = scores.topk(min(num_candidates, scores.shape[1]), dim=1)
         values = torch.cat([values, found.values], dim=1)
         candidates = torch.cat([candidates, found.indices + start], dim=1)
@@ -113,7 +118,7 @@ def top_k(
             kept = values.topk(num_candidates, dim=1)
             values, candidates = kept.values, candidates.gather(1, kept.indices)
     scores = torch.empty_like(values)
-    rows = max(1, _BLOCK_ELEMENTS // max(1, num_candidates * queries.shape[1]))
+    rows = max(1, _CANDIDATE_ELEMENTS // max(1, num_candidates * queries.shape[1]))
     for start in range(0, len(queries), rows):
         part = slice(start, start + rows)
         proposed = gallery[candidates[part]].double()
@@ -123,9 +128,8 @@ def top_k(
         # What was not proposed scored at most `worst` in float32, so at most `worst + error` in truth: the error of
         # an inner product of `dim` terms is below dim * 2^-24 * |query| * |item|.
         worst = values.amin(dim=1)
-        norm = queries32.norm(dim=1) * gallery32.norm(dim=1).max()
         error = (queries.shape[1] + 2) * 2.0**-24 + _INPUT_ROUNDING[torch.get_float32_matmul_precision()]
-        uncertain = (scores[:, -1] - worst <= error * norm).nonzero().squeeze(1)
+        uncertain = (scores[:, -1] - worst <= error * queries32.norm(dim=1) * longest).nonzero().squeeze(1)
         for row in uncertain.split(max(1, _BLOCK_ELEMENTS // len(gallery))):
             exact = _exact_scores(queries[row], gallery)
             index = torch.arange(len(gallery), device=exact.device).expand(len(row), -1)

@@ -234,10 +234,14 @@ def test_embedding_is_mean_image_token_plus_weighted_mean_text_token():
 
 
 def test_queries_of_fixed_encoder_are_distinct_from_the_start():
-    with torch.no_grad():
-        tokens = encoder_of(MINI).encode(clouds()).image_tokens
-    cosine = tokens[0] @ tokens[0].T - torch.eye(13)
-    assert cosine.max() < 0.999
+    encoder = encoder_of(MINI)
+    tokens = encoder.encode(clouds()).image_tokens
+    (tokens * torch.randn(1, 1, 24)).sum().backward()
+    # Equal queries would give equal tokens and equal gradients: distances of 0.
+    apart = torch.triu_indices(13, 13, offset=1).unbind(0)
+    assert torch.cdist(tokens[0], tokens[0])[apart].min() > 1e-2
+    gradients = encoder.queries.grad[0, :13]
+    assert torch.cdist(gradients, gradients)[apart].min() > 1e-2 * gradients.norm(dim=1).mean()
 
 
 def test_patch_embedding_split_equals_concatenation():
@@ -264,6 +268,16 @@ def test_every_trainable_parameter_gets_a_gradient(config):
     (encoder(clouds(channels=config.num_channels)) * torch.randn(24)).sum().backward()
     without = [name for name, p in encoder.named_parameters() if p.requires_grad and p.grad is None]
     assert not without
+
+
+@pytest.mark.parametrize("config", [MINI, RECONV2, dataclasses.replace(RECONV2, causal=True)])
+def test_encoder_under_bfloat16_autocast_is_near_float32_and_of_unit_length(config):
+    encoder, points = encoder_of(config), clouds()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        half = encoder(points)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half.norm(dim=1), torch.ones(3), atol=1e-6, rtol=0)
+    assert (half * encoder(points)).sum(dim=1).min() > 0.999
 
 
 def test_patch_dropout_leaves_patches_out_in_training_only():

@@ -118,6 +118,20 @@ def test_top_k_near_ties_below_float32_search_error_equals_exact_order():
     assert torch.equal(scores, exact.values[:, :10])
 
 
+def test_top_k_of_half_precision_gallery_equals_that_of_its_values():
+    generator = torch.Generator().manual_seed(3)
+    gallery = F.normalize(torch.randn(500, 48, generator=generator), dim=1).half()
+    queries = gallery[:7].float()
+    found, expected = top_k(queries, gallery, 4, chunk=90), top_k(queries, gallery.float(), 4)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("sizes", [(0, 5), (3, 0)])
+def test_top_k_of_nothing_is_empty(sizes):
+    scores, index = top_k(torch.ones(sizes[0], 4), torch.ones(sizes[1], 4), 2)
+    assert scores.numel() == index.numel() == 0 and len(index) == sizes[0]
+
+
 def test_top_k_zero_raises():
     with pytest.raises(ValueError, match="k is 0"):
         top_k(torch.eye(2), torch.eye(2), 0)
