@@ -24,7 +24,8 @@ class ScaleConfig:
     """How much of a cluster a job asks for; changes no figure beyond rounding (cache_gb changes the order of batches)."""
 
     num_workers: int = 1
-    """Training processes (DDP), or the most processes of prepare, embed and infer; 0 = in this process, without Ray (training only)."""
+    """Training processes (DDP), or the most processes of prepare and embed. 0 = training: in this process, without Ray; prepare, embed: as many
+    as there are cores (or GPUs), more as the cluster grows."""
     cpus_per_worker: float = 0.0
     """CPUs that each worker holds; 0 = a fitting share of what the cluster has."""
     use_gpu: bool | None = None
