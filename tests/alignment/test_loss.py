@@ -120,6 +120,17 @@ def test_two_way_logsumexp_in_tiles_equals_whole_matrix(tile):
     )
 
 
+def test_loss_of_duplicates_alone_with_a_viewless_one_is_zero_and_finite():
+    # The second object has neither a view nor anything to be compared with: its row is -inf throughout.
+    cad, image, view_mask, group = random_batch(objects=2)
+    view_mask[1], group[1] = False, group[0]
+    value, gradients = value_and_gradients(
+        MultiPositiveContrastiveLoss(positives="inside")(cad, image, view_mask, group), cad, image
+    )
+    assert value.item() == pytest.approx(0, abs=1e-7)
+    assert all(gradient.abs().max() < 1e-6 for gradient in gradients)
+
+
 def test_loss_in_float32_tiles_equals_float64_in_one(monkeypatch):
     cad, image, view_mask, group = random_batch(objects=40, views=5, dim=32)
     loss = MultiPositiveContrastiveLoss(0.01)
