@@ -77,15 +77,18 @@ class Tracking:
     def client(self) -> "MlflowClient":
         """MLflow's client for this store."""
         with self._lock:
-            if self._client is None:
-                import mlflow
+            import mlflow
 
+            if self._client is None or mlflow.get_tracking_uri() != self.uri:
                 # The registry of an SQLite store looks models up in the process's own store, whatever the client was told. MLflow also puts it
                 # into the environment, where it would outlive this object.
                 given = os.environ.get("MLFLOW_TRACKING_URI")
                 mlflow.set_tracking_uri(self.uri)
                 if given is None:
                     os.environ.pop("MLFLOW_TRACKING_URI", None)
+                else:
+                    os.environ["MLFLOW_TRACKING_URI"] = given
+            if self._client is None:
                 self._client = mlflow.MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
             return self._client
 
