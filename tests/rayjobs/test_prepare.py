@@ -2,7 +2,6 @@
 
 import dataclasses
 import filecmp
-import json
 import os
 import signal
 import subprocess
@@ -17,7 +16,6 @@ from cad_models.splits import SplitConfig
 from cad_models.task import Inspection, RawItem, Reject
 from rayjobs.folder_lock import locked
 from rayjobs.preparation import (
-    CHUNK_SIZE,
     Limits,
     ObjectProcess,
     PartPlan,
@@ -340,3 +338,97 @@ with locked(Folder({str(tmp_path)!r}), ".lock", "prepare"):
     with locked(Folder(str(tmp_path)), ".lock", "prepare"):
         assert (tmp_path / ".lock").exists()
     assert list(tmp_path.iterdir()) == []
+
+
+# --- whole runs -----------------------------------------------------------------------------------------------------------------------------
+def job_command(job: str, arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
+    environment.pop("RAY_ADDRESS", None)
+    return [sys.executable, str(REPOSITORY / "rayjobs" / f"{job}.py"), "--task", "alignment", *arguments], environment
+
+
+def run_job_file(job: str, arguments: list[str], cwd: Path) -> subprocess.CompletedProcess:
+    command, environment = job_command(job, arguments)
+    return subprocess.run(command, env=environment, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
+
+
+def kill_once(job: str, arguments: list[str], cwd: Path, *, until, how: int = signal.SIGKILL) -> tuple[int, str]:
+    """Start a job, signal its driver as soon as ``until()``; its exit status and output."""
+    command, environment = job_command(job, arguments)
+    with (cwd / "killed.log").open("w+") as log:
+        driver = subprocess.Popen(command, env=environment, cwd=cwd, stdout=log, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + 200
+        while not until():
+            assert driver.poll() is None and time.monotonic() < deadline, (cwd / "killed.log").read_text()
+            time.sleep(0.05)
+        driver.send_signal(how)
+        status = driver.wait(timeout=60)
+    return status, (cwd / "killed.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_prepare_killed_and_stopped_and_run_again_is_byte_equal_to_an_undisturbed_run(tmp_path):
+    ds, other = tmp_path / "ds", tmp_path / "other"
+
+    def arguments(folder):
+        return ["--source", "builtin:60", "--dataset", str(folder), "--smoke", "--objects-per-part", "4"]
+
+    def num_parts():
+        return len(list(ds.glob("objects/part-*.parquet")))
+
+    kill_once("prepare", arguments(ds), tmp_path, until=lambda: num_parts() >= 2)
+    assert not (ds / "manifest.json").exists()
+    before = num_parts()
+    status, output = kill_once("prepare", arguments(ds), tmp_path, until=lambda: num_parts() > before, how=signal.SIGTERM)
+    assert status == 75 and "Traceback" not in output and not (ds / "manifest.json").exists()
+    before = num_parts()
+    resumed = run_job_file("prepare", arguments(ds), tmp_path)
+    assert resumed.returncode == 0, resumed.stdout
+    assert before - 2 <= int(resumed.stdout.split("parts ")[-1].split("reused")[0].strip()) <= before
+    assert run_job_file("prepare", [*arguments(other), "--scale.num-workers", "1"], tmp_path).returncode == 0
+    assert_same_tree(ds, other)
+    # Nothing to do: nothing changes, not even a file's time.
+    times = {p: p.stat().st_mtime_ns for p in ds.glob("*/part-*.parquet")}
+    again = run_job_file("prepare", arguments(ds), tmp_path)
+    assert again.returncode == 0 and "15 reused, 0 computed" in again.stdout
+    assert {p: p.stat().st_mtime_ns for p in ds.glob("*/part-*.parquet")} == times
+    assert_same_tree(ds, other)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_prepare_of_bad_files_beside_good_ones_gives_the_expected_quarantine(tmp_path):
+    import csv
+    import shutil
+
+    bad, good = shared_path("data/bad"), shared_path("data/formats")
+    source, ds = tmp_path / "source", tmp_path / "ds"
+    shutil.copytree(bad, source / "bad")
+    shutil.copytree(good, source / "good")
+    arguments = ["--source", str(source), "--dataset", str(ds), "--smoke"]
+    strict = run_job_file("prepare", arguments, tmp_path)
+    assert strict.returncode == 1 and "--max-bad-fraction" in strict.stdout, strict.stdout
+    lenient = run_job_file("prepare", [*arguments, "--max-bad-fraction", "1"], tmp_path)
+    assert lenient.returncode == 0 and " 0 computed" in lenient.stdout, lenient.stdout
+    dataset = DatasetFolder(str(ds))
+    quarantined = {row["source"]: row for row in dataset.quarantine()}
+    listed = {source for i in range(len(dataset.manifest().parts)) for source in dataset.read_part("objects", i).column("source").to_pylist()}
+    for row in csv.DictReader((bad / "manifest.csv").open(encoding="utf-8")):
+        expected, name = row["expected"].lower(), row["path"]
+        if expected.startswith("accept"):
+            assert name in listed, f"{name}: {quarantined.get(name)}"
+        elif expected.startswith("reject") and " or " not in expected and "(or" not in expected:
+            assert name in quarantined and name not in listed, name
+    assert not [source for source in quarantined if source.startswith("good/")]
+    lfs = [row for row in quarantined.values() if "lfs_pointer" in row["source"]]
+    assert len(lfs) == 2 and all("Git LFS" in row["detail"] for row in lfs)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_prepare_of_nothing_usable_exits_with_a_message(tmp_path):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "x.stl").write_bytes(b"")
+    run = run_job_file("prepare", ["--source", str(tmp_path / "source"), "--dataset", str(tmp_path / "ds"), "--smoke"], tmp_path)
+    assert run.returncode == 1 and "none of the 1 listed objects can be used" in run.stdout and "empty_file" in run.stdout
