@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 Columns = dict[str, np.ndarray]
 """Model-ready arrays of some objects: name -> array whose first axis is the object."""
 
+ADAPT_OBJECTS = 256
+"""Most training objects that `Learner.adapt` sees."""
+
 Predictions = dict[str, np.ndarray]
 """What a learner says of a whole split (or of a gallery): name -> array whose first axis is the object."""
 
@@ -207,6 +210,10 @@ class Learner(ABC):
     @abstractmethod
     def optimizers(self, recipe: Recipe) -> "dict[str, torch.optim.Optimizer]":
         """One optimiser per turn. Each parameter group carries its peak ``lr``; the loop scales all by the schedule."""
+
+    def adapt(self, batch: "dict[str, torch.Tensor]") -> None:  # noqa: B027  (most models need no such start)
+        """Data-dependent initialisation from the first training objects (collated as for evaluation, at most `ADAPT_OBJECTS`); called once,
+        before a fresh run, with the same batch on every worker."""
 
     @abstractmethod
     def forward(self, batch: "dict[str, torch.Tensor]", turn: str) -> "dict[str, torch.Tensor]":

@@ -36,7 +36,7 @@ from cad_models.common.schedule import lr_factor
 from cad_models.config import Recipe, differences, from_dict, to_dict
 from cad_models.dataset import Folder
 from cad_models.order import object_rng
-from cad_models.task import Columns, Learner, Predictions, Task
+from cad_models.task import ADAPT_OBJECTS, Columns, Learner, Predictions, Task
 from cad_models.tasks import TASKS
 from rayjobs.streams import ROW_KEY, SplitStream, concatenated
 from rayjobs.tracking import system_metrics
@@ -296,6 +296,7 @@ class Training:
                 self.folder.recover(name)
         self._barrier()
         if not self.folder.exists("last"):
+            self._adapt()
             return
         with self.folder.fetched("last") as directory:
             saved = torch.load(directory / "trainer_state.pt", map_location=self.device, weights_only=True)
@@ -307,6 +308,18 @@ class Training:
         if self.ema is not None:
             self.ema.load_state_dict(saved["ema"])
         self.state = _State.from_dict(saved["loop"])
+
+    def _adapt(self) -> None:
+        pieces: list[Columns] = []
+        for columns in self.config.train.parts(0, 1):  # every worker the same
+            pieces.append(columns)
+            if sum(len(piece[ROW_KEY]) for piece in pieces) >= ADAPT_OBJECTS:
+                break
+        columns = {name: column[:ADAPT_OBJECTS] for name, column in concatenated(pieces).items() if name != ROW_KEY}
+        batch = self.task.collate(columns, self.recipe, rngs=None)
+        self.learner.adapt({name: tensor.to(self.device) for name, tensor in batch.items()})
+        if self.ema is not None:
+            self.ema = ExponentialMovingAverage(self.learner, self.ema.decay)
 
     def _check_recipe(self) -> None:
         asked = {"task": self.task.name, "recipe": to_dict(self.recipe), "dataset_digest": self.config.signature.get("dataset_digest")}

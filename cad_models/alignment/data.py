@@ -4,7 +4,6 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -234,14 +233,14 @@ def _rendered_views(mesh: Mesh, sha256: str, recipe: AlignmentRecipe) -> tuple[d
 
     gallery = ring_cameras(recipe.data.num_views)
     # Query cameras differ from object to object and are never training cameras: a model cannot learn them.
-    queries = query_cameras(recipe.data.num_query_views, seed_of(sha256, 1))
+    queries = query_cameras(recipe.data.num_query_views, seed_of(sha256, 1), apart_from=gallery)
     images = render_views(mesh.vertices, mesh.faces, [*gallery, *queries], size=recipe.data.image_size)
     encoded = [encode_png(image) for image in images]
     columns = {
         "images": encoded[: len(gallery)],
-        "cameras": json.dumps([asdict(camera) for camera in gallery]),
+        "cameras": json.dumps([camera.to_dict() for camera in gallery]),
         "query_images": encoded[len(gallery) :],
-        "query_cameras": json.dumps([asdict(camera) for camera in queries]),
+        "query_cameras": json.dumps([camera.to_dict() for camera in queries]),
     }
     return columns, []
 
