@@ -213,6 +213,8 @@ class InputProcessor:
         self._predictor = ensemble.task.predictor(ensemble.members, device=device)
         self._reader = Isolated("cad_models.tasks:read_input", timeout_s=timeout_s, memory_limit_bytes=memory_limit_bytes)
         self._read_seconds = 0.0
+        # A photograph may take a hundred megabytes once it is decoded: where batches bring nothing, one at a time.
+        self._step = 1 if device == "cpu" else 16
 
     def __enter__(self) -> "InputProcessor":
         self._reader.__enter__()
@@ -228,6 +230,9 @@ class InputProcessor:
 
     def process(self, inputs: Sequence[Input]) -> list[Processed]:
         """Read the files and run the members on them; a file that cannot be read is rejected and stops nothing."""
+        return [row for start in range(0, len(inputs), self._step) for row in self._processed(inputs[start : start + self._step])]
+
+    def _processed(self, inputs: Sequence[Input]) -> list[Processed]:
         started = time.perf_counter()
         read = [self._read(item) for item in inputs]
         self._read_seconds += time.perf_counter() - started

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from cad_models.alignment.data import IMAGE_SUFFIXES, cad_points, read_uri
-from cad_models.common.images import BadImage, decode_image, prepare_image
+from cad_models.common.images import BadImage, decode_image
 from cad_models.common.meshes import MESH_SUFFIXES, BadMesh, load_mesh
 from cad_models.dataset import Folder
 from cad_models.task import Answer, Columns, Entry, Input, Predictor, Reject, Requests, Search
@@ -196,16 +196,14 @@ class ReadSettings:
 
     num_points: tuple[int, ...]
     """Sizes of the sampled point clouds: a member's cloud is a prefix of one of them."""
-    image_sizes: tuple[int, ...]
-    """Widths of the encoders' images, in pixels."""
 
 
 def read_input(item: Input, settings: ReadSettings) -> Columns | Reject:
-    """The arrays of one file: ``points/<n>`` float32 [n, 6] (with normals) of a mesh, ``image/<size>`` uint8 [size, size, 3] of an image, and
+    """The arrays of one file: ``points/<n>`` float32 [n, 6] (with normals) of a mesh, ``image`` uint8 [height, width, 3] of an image, and
     ``thumbnail``."""
     try:
         data = read_uri(item.uri)
-        return _read_image(data, settings) if item.kind == "image" else _read_mesh(data, item.uri, settings)
+        return _read_image(data) if item.kind == "image" else _read_mesh(data, item.uri, settings)
     except BadMesh as error:
         return Reject(reason=error.reason, detail=error.detail)
     except BadImage as error:
@@ -214,10 +212,9 @@ def read_input(item: Input, settings: ReadSettings) -> Columns | Reject:
         return Reject(reason="unreadable", detail=str(error))
 
 
-def _read_image(data: bytes, settings: ReadSettings) -> Columns:
+def _read_image(data: bytes) -> Columns:
     image = decode_image(data)
-    columns = {f"image/{size}": prepare_image(image, size=size) for size in settings.image_sizes}
-    return columns | {"thumbnail": _thumbnail(image)}
+    return {"image": image, "thumbnail": _thumbnail(image)}
 
 
 def _read_mesh(data: bytes, uri: str, settings: ReadSettings) -> Columns:
@@ -271,7 +268,6 @@ class AlignmentPredictor(Predictor):
     def settings(self) -> ReadSettings:
         return ReadSettings(
             num_points=tuple(sorted({member.signature["num_stored_points"] for member in self._members})),
-            image_sizes=tuple(sorted({encoder.input_size for encoder in self._encoders.values()})),
         )
 
     def predict(self, batch: Sequence[Columns]) -> list[list[np.ndarray]]:
@@ -291,7 +287,7 @@ class AlignmentPredictor(Predictor):
         started = time.perf_counter()
         # Embeddings are stored as float16: rounding here too gives a query the very vector that evaluation would give it.
         frozen = {
-            name: encoder.encode([columns[f"image/{encoder.input_size}"] for columns in batch]).astype(np.float16).astype(np.float32)
+            name: encoder.encode([columns["image"] for columns in batch]).astype(np.float16).astype(np.float32)
             for name, encoder in self._encoders.items()
         }
         encoded = time.perf_counter()
@@ -319,7 +315,7 @@ class AlignmentPredictor(Predictor):
 
 
 def _holds(columns: Columns) -> str:
-    return "image" if any(name.startswith("image/") for name in columns) else "mesh"
+    return "image" if "image" in columns else "mesh"
 
 
 # --- answers ------------------------------------------------------------------------------------------------------------------------------
