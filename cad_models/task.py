@@ -306,6 +306,14 @@ class Task(ABC):
     def evaluate(self, predictions: Predictions) -> dict[str, float]:
         """Metrics of a whole split (never a mean over batches), without the split's prefix: ``image_to_mesh/recall@3``."""
 
+    def references(self, columns: Columns, recipe: Recipe) -> dict[str, dict[str, float]]:
+        """Baselines that need no training, on a whole split: name -> metrics named as :meth:`evaluate` names them."""
+        return {}
+
+    def baseline_recipes(self, recipe: Recipe) -> dict[str, Recipe]:
+        """Baselines that are trained like the recipe itself: name -> recipe."""
+        return {}
+
     @abstractmethod
     def combine(self, members: Sequence[Predictions], *, rule: str = "concatenate", weights: Sequence[float] | None = None) -> Predictions:
         """The ensemble rule: the members' predictions of the same objects -> one."""

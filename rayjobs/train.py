@@ -8,7 +8,9 @@ Killed or stopped (Ctrl-C, SIGTERM, a file named STOP in the run's folder), the 
 """
 
 import contextlib
+import dataclasses
 import json
+import re
 import signal
 import sys
 import threading
@@ -45,6 +47,8 @@ class TrainJob:
     """Folder (path or URI, shared by all nodes) for runs; this one's is <output>/<name>."""
     name: str = ""
     """The run's name; empty = from the digests of recipe and dataset, so that the same command resumes the same run."""
+    baselines: bool = False
+    """Compare with the task's baselines on the test split: those that need no training, and those that do (trained as runs of their own)."""
     checkpoint_every_steps: int = 0
     """Checkpoint within an epoch too, every so many steps; 0 = at the ends of epochs only."""
     scale: ScaleConfig = ScaleConfig()
@@ -60,16 +64,7 @@ def main(job: TrainJob) -> int:
     if job.scale.num_workers > 0:
         connect()
         plan = plan_workers(job.scale)
-    loop = loop_config(
-        task_name=job.task,
-        recipe=job.recipe,
-        dataset_uri=job.dataset,
-        output=job.output,
-        name=job.name,
-        scale=job.scale,
-        plan=plan,
-        checkpoint_every_steps=job.checkpoint_every_steps,
-    )
+    loop = _loop_config(job, plan)
     folder = Folder(loop.run_folder)
     print(f"run: {folder.uri}", flush=True)
     tracking = open_tracking(job.tracking, job.task)
@@ -91,8 +86,42 @@ def main(job: TrainJob) -> int:
     with folder.fetched(result["best"]) as directory:
         run.log_artifact(directory, "best")
     run.finish()
-    print_result(result, folder)
+    table = {"this run": _split_figures(result["metrics"], "test")}
+    if job.baselines:
+        table |= _references(loop)
+        for name, recipe in TASKS[job.task].baseline_recipes(job.recipe).items():
+            print(f"baseline: {name}", file=sys.stderr, flush=True)
+            twin = dataclasses.replace(job, recipe=recipe, name=f"{job.name}-{name.replace(' ', '-')}" if job.name else "")
+            twin_loop = _loop_config(twin, plan)
+            if not fit(twin_loop, plan):
+                return EXIT_STOPPED
+            table[name] = _split_figures(Folder(twin_loop.run_folder).read_json("result.json")["metrics"], "test")
+    print_result(result, folder, table)
     return 0
+
+
+def _references(loop: "LoopConfig") -> dict[str, dict[str, float]]:
+    from rayjobs.streams import concatenated
+
+    columns = concatenated(list(loop.test.parts(0, 1)))
+    return TASKS[loop.task].references(columns, loop.recipe)
+
+
+def _split_figures(metrics: dict[str, float], split: str) -> dict[str, float]:
+    return {name.removeprefix(f"{split}/"): value for name, value in metrics.items() if name.startswith(f"{split}/")}
+
+
+def _loop_config(job: TrainJob, plan: WorkerPlan | None) -> "LoopConfig":
+    return loop_config(
+        task_name=job.task,
+        recipe=job.recipe,
+        dataset_uri=job.dataset,
+        output=job.output,
+        name=job.name,
+        scale=job.scale,
+        plan=plan,
+        checkpoint_every_steps=job.checkpoint_every_steps,
+    )
 
 
 def loop_config(
@@ -264,13 +293,21 @@ def _told(metrics: dict[str, float]) -> list[str]:
     return [n for n in [wanted[0], *scores, *wanted[1:]] if n in metrics]
 
 
-def print_result(result: dict[str, Any], folder: Folder) -> None:
-    """The test figures of a run's best checkpoint, and where everything lies."""
-    metrics = result["metrics"]
+def print_result(result: dict[str, Any], folder: Folder, table: dict[str, dict[str, float]]) -> None:
+    """The test figures of a run's best checkpoint beside those of the baselines, and where everything lies."""
     print(f"best {result['score_name']}: {result['score']:.4f}")
-    for name in sorted(n for n in metrics if n.startswith("test/")):
-        print(f"  {name:44} {metrics[name]:.4f}")
+    if table["this run"]:
+        names = sorted(table["this run"], key=_natural)
+        width = max(map(len, names))
+        print("test split".ljust(width) + "".join(f"  {column:>14}" for column in table))
+        for name in names:
+            cells = (f"{figures[name]:14.4f}" if name in figures else " " * 14 for figures in table.values())
+            print(name.ljust(width) + "".join(f"  {cell:>{max(14, len(column))}}" for cell, column in zip(cells, table, strict=True)))
     print(f"best checkpoint: {folder.path(result['best'])}\nlast checkpoint: {folder.path('last')}", flush=True)
+
+
+def _natural(name: str) -> list[Any]:
+    return [(0, int(piece), "") if piece.isdigit() else (1, 0, piece) for piece in re.split(r"(\d+)", name)]
 
 
 if __name__ == "__main__":

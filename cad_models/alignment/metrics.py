@@ -82,3 +82,71 @@ def one_per_object(owner: np.ndarray) -> list[np.ndarray]:
         return []
     objects, first, count = np.unique(owner, return_index=True, return_counts=True)
     return [first + j % count for j in range(int(count.max()))]
+
+
+def chance_metrics(group: np.ndarray) -> dict[str, float]:
+    """Recall of a random order: the chance that one of an object's group stands among the first k of all meshes. Both directions, all protocols.
+
+    Args:
+        group: int64 [n].
+    """
+    n = len(group)
+    _, inverse, count = np.unique(group, return_inverse=True, return_counts=True)
+    relevant = count[inverse].astype(np.float64)
+    metrics = {}
+    for k in KS:
+        missed = np.ones(n)
+        for i in range(min(k, n)):
+            missed *= np.maximum(n - relevant - i, 0) / (n - i)
+        for direction in ("image_to_mesh", "mesh_to_image"):
+            metrics |= {f"{direction}/{infix}recall@{k}": float(1 - missed.mean()) for infix in PROTOCOLS}
+        metrics[f"recall@{k}"] = float(1 - missed.mean())
+    return metrics
+
+
+def view_matching_metrics(
+    views: np.ndarray, num_views: np.ndarray, queries: np.ndarray, num_queries: np.ndarray, group: np.ndarray
+) -> dict[str, float]:
+    """The rival without learning: render the gallery, and match views by the cosine of their frozen embeddings, the best view counts.
+
+    Several query images of an object add their scores. Ties count against the query, as in `retrieval_metrics`.
+
+    Args:
+        views: [n, most views, width], frozen embeddings of the gallery's views.
+        num_views: int64 [n].
+        queries: [n, most queries, width], frozen embeddings of the query images.
+        num_queries: int64 [n].
+        group: int64 [n].
+    """
+    gallery = [_unit_rows(v[:count]) for v, count in zip(views, num_views, strict=True)]
+    images = [_unit_rows(q[:count]) for q, count in zip(queries, num_queries, strict=True)]
+    # [n, queries, n]: the best view of every mesh for every image.
+    score = [np.stack([(image @ mesh.T).max(axis=1) for mesh in gallery], axis=1) for image in images]
+    relevant = group[:, None] == group[None, :]
+    metrics: dict[str, float] = {}
+    for infix, size in PROTOCOLS.items():
+        rows, owner = [], []
+        for i, scores in enumerate(score):
+            length = min(size, len(scores)) if size else len(scores)
+            for start in range(0, len(scores) - length + 1, max(1, length)):
+                rows.append(scores[start : start + length].mean(axis=0))
+                owner.append(i)
+        matrix, owners = np.stack(rows), np.array(owner)
+        forward = _ranks_of_scores(matrix, relevant[owners])
+        backward = np.concatenate([_ranks_of_scores(matrix[chosen].T, relevant[:, owners[chosen]]) for chosen in one_per_object(owners)])
+        for direction, found in (("image_to_mesh", forward), ("mesh_to_image", backward)):
+            metrics |= {f"{direction}/{infix}recall@{k}": float((found <= k).mean()) for k in KS}
+    for k in KS:
+        metrics[f"recall@{k}"] = (metrics[f"image_to_mesh/recall@{k}"] + metrics[f"mesh_to_image/recall@{k}"]) / 2
+    return metrics
+
+
+def _unit_rows(rows: np.ndarray) -> np.ndarray:
+    rows = rows.astype(np.float32)
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
+
+
+def _ranks_of_scores(score: np.ndarray, relevant: np.ndarray) -> np.ndarray:
+    """Rank, from 1, of each row's best relevant column; irrelevant columns with an equal score stand before it."""
+    best = np.where(relevant, score, -np.inf).max(axis=1, keepdims=True)
+    return 1 + ((score >= best) & ~relevant).sum(axis=1)

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from cad_models.alignment.recipe import RECIPE, SMOKE, AlignmentRecipe
+from cad_models.config import Recipe, replace_all
 from cad_models.task import (
     Answer,
     Columns,
@@ -139,6 +140,17 @@ class AlignmentTask(Task):
         from cad_models.alignment.metrics import retrieval_metrics
 
         return retrieval_metrics(predictions)
+
+    def references(self, columns: Columns, recipe: AlignmentRecipe) -> dict[str, dict[str, float]]:
+        from cad_models.alignment.metrics import chance_metrics, view_matching_metrics
+
+        matching = view_matching_metrics(
+            columns["views"], columns["num_views"], columns["query_views"], columns["num_query_views"], columns["group"]
+        )
+        return {"chance": chance_metrics(columns["group"]), f"match rendered views ({recipe.data.encoder})": matching}
+
+    def baseline_recipes(self, recipe: AlignmentRecipe) -> dict[str, Recipe]:
+        return {"linear head": replace_all(recipe, {"model.num_experts": 1, "model.top_k": 0})}
 
     def combine(self, members: Sequence[Predictions], *, rule: str = "concatenate", weights: Sequence[float] | None = None) -> Predictions:
         """See `cad_models.alignment.answers.combine_embeddings`."""
