@@ -76,13 +76,13 @@ def main(job: InferJob) -> int:
         raise ValueError(f"--top-k {job.top_k}: ask for at least one answer")
     if not 0 <= job.max_bad_fraction <= 1:
         raise ValueError(f"--max-bad-fraction {job.max_bad_fraction} is no share between 0 and 1")
+    clock = _Clock()
+    requests = TASKS[job.task].list_requests(job.queries, job.gallery or None, direction=job.direction)
+
     from cad_models.ensemble import load_ensemble, ranked
     from rayjobs.registry import gather_ensemble
     from rayjobs.tracking import open_tracking
 
-    clock = _Clock()
-    task = TASKS[job.task]
-    requests = task.list_requests(job.queries, job.gallery or None, direction=job.direction)
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as spool:
         directory = Path(folder) / "ensemble"
         gather_ensemble(
