@@ -53,8 +53,8 @@ class AlignmentModel:
     """Experts of the image head; 1 = one linear layer."""
     top_k: int = 0
     """Experts used for each image; 0 = all, weighted by a soft gate."""
-    drop_path: float = 0.1
-    """Largest probability of skipping a residual branch."""
+    drop_path: float = 0.0
+    """Largest probability of skipping a residual branch in training; at 0 (and patch_dropout 0) the numbers do not depend on the workers."""
     patch_dropout: float = 0.0
     """Share of the point patches left out in training; evaluation sees all."""
 
