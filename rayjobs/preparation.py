@@ -242,12 +242,14 @@ def unique_items(items: Iterable[RawItem]) -> tuple[list[RawItem], list[tuple[st
 
 
 def plan_parts(objects: Sequence[PlannedObject], task: Task, recipe: Recipe, objects_per_part: int) -> list[PartPlan]:
-    """Cut the objects, in the order of their ids, into parts."""
-    objects = sorted(objects, key=lambda o: o.item.object_id)
+    """Cut the objects of each split, in the order of their ids, into parts: an evaluation reads its own split's parts and no others."""
     settings = [SCHEMA_VERSION, task.name, task.prepare_settings(recipe)]
-    plans = []
-    for start in range(0, len(objects), objects_per_part):
-        members = tuple(objects[start : start + objects_per_part])
+    plans: list[PartPlan] = []
+    by_split: dict[str, list[PlannedObject]] = {}
+    for planned in sorted(objects, key=lambda o: (o.split, o.item.object_id)):
+        by_split.setdefault(planned.split, []).append(planned)
+    chunks = [found[i : i + objects_per_part] for found in by_split.values() for i in range(0, len(found), objects_per_part)]
+    for members in map(tuple, chunks):
         # Nothing of where the sources lie: the same files give the same bytes on every machine.
         identities = [
             [o.item.object_id, o.item.source, o.item.label, o.item.caption, len(o.item.images), o.sha256, o.inputs, o.group_id, o.split] for o in members

@@ -61,7 +61,7 @@ def dataset(tmp_path):
     return DatasetFolder(str(tmp_path / "ds"))
 
 
-def planned(source, dataset, *, objects_per_part=4, split=SplitConfig(kind="random"), csv_text=""):  # noqa: B008
+def planned(source, dataset, *, objects_per_part=4, split=SplitConfig(kind="random", val_fraction=0, test_fraction=0), csv_text=""):  # noqa: B008
     items = TASK.list_raw(str(source)).items
     data, _ = inspect_chunk(dataset, TASK, RECIPE, LIMITS, items, inspect)
     good = [i for i in read_inspections(data, items) if isinstance(i.result, Inspection)]
@@ -167,6 +167,12 @@ def test_plan_covers_all_objects_once_in_order_and_survives_packing(source, data
     assert [len(plan.objects) for plan in plans] == [4, 4, 2]
     assert len({plan.key for plan in plans}) == 3
     assert [PartPlan.unpacked(plan.packed()) for plan in plans] == plans
+
+
+def test_plan_never_puts_two_splits_into_one_part(source, dataset):
+    plans, _ = planned(source, dataset, split=SplitConfig(kind="random", val_fraction=0.3, test_fraction=0.2))
+    assert [sorted({o.split for o in plan.objects}) for plan in plans] == [["test"], ["train"], ["train"], ["val"]]
+    assert sorted(o.item.object_id for plan in plans for o in plan.objects) == [f"a{i}" for i in range(10)]
 
 
 def test_plan_keys_do_not_depend_on_where_the_sources_lie(source, dataset, tmp_path):
