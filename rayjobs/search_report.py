@@ -14,14 +14,15 @@ from rayjobs.search import Trial, as_study
 _PLOT_HEIGHT = 480
 
 
-def table_columns(trials: Sequence[Trial]) -> list[str]:
-    """The recipe paths in which any trial differs from the base recipe, in order of first appearance."""
-    return list(dict.fromkeys(path for trial in trials for path in trial.values))
+def table_columns(trials: Sequence[Trial], base: Recipe) -> list[str]:
+    """The recipe paths in which any trial differs from the base recipe, in the recipe's order."""
+    varied = {path for trial in trials for path in trial.values}
+    return [path for path in paths(base) if path in varied]
 
 
 def table_rows(trials: Sequence[Trial], base: Recipe) -> list[dict[str, Any]]:
     """One dict a trial: number, state, score, epochs, seconds, recipe values, why it failed."""
-    columns = table_columns(trials)
+    columns = table_columns(trials, base)
     rows = []
     for trial in trials:
         values = paths(replace_all(base, trial.values))
@@ -43,7 +44,7 @@ def table_rows(trials: Sequence[Trial], base: Recipe) -> list[dict[str, Any]]:
 def table_csv(trials: Sequence[Trial], base: Recipe) -> bytes:
     """``trials.csv``: trials by number; scores with all their digits."""
     sink = io.StringIO()
-    names = ["trial", "state", "score", "epochs", "seconds", *table_columns(trials), "recipe", "reason"]
+    names = ["trial", "state", "score", "epochs", "seconds", *table_columns(trials, base), "recipe", "reason"]
     writer = csv.DictWriter(sink, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows({name: "" if value is None else value for name, value in row.items()} for row in table_rows(trials, base))

@@ -32,6 +32,7 @@ from rayjobs.train import evaluations, fit
 
 # A trial whose own process is lost (with its node, say) is started again so often; lost workers are Ray Train's business.
 _MAX_RESTARTS = 2
+_WIND_DOWN_S = "120"
 _POLL_S = 0.3
 _STOP_AGAIN_S = 1.0
 
@@ -56,6 +57,8 @@ def run_trial(config: dict[str, Any], setting: TrialSetting) -> None:
     Args:
         config: ``recipe`` as JSON and ``digest``.
     """
+    # A trial that is stopped early lets its workers end before its process takes the next trial.
+    os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", _WIND_DOWN_S)
     folder = Folder(setting.folder) / f"trials/{config['digest']}"
     score = TASKS[setting.base.task].score.name
     told = 0
