@@ -52,7 +52,7 @@ class PrepareJob:
     """The dataset folder (path or URI) to write, outside the source."""
     split: SplitConfig = SplitConfig()
     objects_per_part: int = 16
-    """Objects in a part file: the unit of work, of resuming and of reading."""
+    """Most objects in a part file, which holds one split: the unit of work, of resuming and of reading."""
     max_bad_fraction: float = 0.1
     """Exit with status 1 (after writing everything) when more than this share of the listed objects cannot be used."""
     preview: str = ""
@@ -121,13 +121,11 @@ def main(job: PrepareJob) -> int:
 
 def _prepare(job: PrepareJob, task: Task, dataset: "DatasetFolder", listing: Listing, csv_text: str, former: "Manifest | None") -> int:
     from cad_models.dataset import Manifest
-    from rayjobs.actor_pool import stop_on_sigterm
+    from rayjobs.actor_pool import connect_stoppable
     from rayjobs.preparation import INSPECTIONS, Limits, plan_parts, unique_items
-    from rayjobs.resources import connect
 
     start = time.monotonic()
-    connect()
-    stop_on_sigterm()
+    connect_stoppable()
     limits = Limits(timeout_s=job.scale.timeout_s, memory_gb=job.scale.memory_gb)
     progress_file = Path(job.progress_file or f"outputs/logs/prepare-{Path(job.dataset.rstrip('/')).name}.jsonl")
     items, doubles = unique_items(listing.items)

@@ -61,7 +61,7 @@ def dataset(tmp_path):
     return DatasetFolder(str(tmp_path / "ds"))
 
 
-def planned(source, dataset, *, objects_per_part=4, split=SplitConfig(kind="random", val_fraction=0, test_fraction=0), csv_text=""):  # noqa: B008
+def planned(source, dataset, *, objects_per_part=4, split=SplitConfig(kind="random", val_fraction=0.0, test_fraction=0.0), csv_text=""):  # noqa: B008
     items = TASK.list_raw(str(source)).items
     data, _ = inspect_chunk(dataset, TASK, RECIPE, LIMITS, items, inspect)
     good = [i for i in read_inspections(data, items) if isinstance(i.result, Inspection)]
