@@ -8,8 +8,10 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +40,7 @@ from rayjobs.search import (
     should_stop,
 )
 from rayjobs.trials import LiveSearch
+from tests.synthetic import make_dataset
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MAX, MIN = Score(name="val/recall@3", mode="max"), Score(name="val/loss", mode="min")
@@ -479,3 +482,79 @@ def test_report_page_without_any_complete_trial_has_the_table_alone():
 
 
 # --- the whole, with Ray --------------------------------------------------------------------------------------------------------------------
+def tune(dataset, folder, *flags):
+    """A search with small trials in their own processes, as a process of its own."""
+    command = [sys.executable, "rayjobs/tune.py", "--task", "alignment", "--smoke", "--dataset", str(dataset), "--output", str(folder)]
+    command += ["--tracking.folder", str(folder / "mlflow"), "--scale.num-workers", "0", "--search.num-startup-trials", "2", *flags]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
+    environment.pop("RAY_ADDRESS", None)
+    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(condition, process, seconds=300.0):
+    """Until the condition holds or the process ends."""
+    until = time.monotonic() + seconds
+    while not condition() and process.poll() is None:
+        assert time.monotonic() < until, "nothing happened"
+        time.sleep(0.2)
+
+
+def versions(folder, kind):
+    """Registered versions, and which is champion."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow' / 'mlflow.db'}", f"sqlite:///{folder / 'mlflow' / 'mlflow.db'}")
+    found = [int(v.version) for v in client.search_model_versions(f"name = 'cad-alignment' and tags.kind = '{kind}'")]
+    return sorted(found), int(client.get_model_version_by_alias("cad-alignment", "champion").version)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(1800)
+def test_tune_killed_twice_then_stopped_completes_with_the_undisturbed_table_and_no_duplicates(tmp_path):
+    dataset = tmp_path / "ds"
+    make_dataset(str(dataset), 40)
+    flags = ["--search.num-samples", "4", "--ensemble-size", "2", "--schedule.num-epochs", "3"]
+
+    def table(name):
+        rows = list(csv.DictReader((tmp_path / name / "trials.csv").open()))
+        return [{column: value for column, value in row.items() if column != "seconds"} for row in rows]
+
+    whole = tune(dataset, tmp_path, "--name", "whole", *flags)
+    output, _ = whole.communicate(timeout=600)
+    assert whole.returncode == 0, output
+    members, first_champion = versions(tmp_path, "member")
+    assert len(members) == 2 and versions(tmp_path, "ensemble")[0] == [first_champion]
+
+    journal = tmp_path / "killed" / "trials.jsonl"
+    for done in (0, 1):
+        process = tune(dataset, tmp_path, "--name", "killed", *flags)
+        wait_for(lambda done=done: _half_done(journal) and journal.read_text().count('"complete"') >= done, process)
+        process.kill()  # -9
+        process.communicate()
+    process = tune(dataset, tmp_path, "--name", "killed", *flags)
+    wait_for(lambda: _half_done(journal), process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode in (0, 75), output  # 0: it was faster
+    process = tune(dataset, tmp_path, "--name", "killed", *flags)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    assert "finished trials reused" in output
+    assert table("killed") == table("whole")
+    # The same recipes on the same data give the same members: nothing new to register, and nobody to crown.
+    assert versions(tmp_path, "member") == (members, first_champion)
+    assert versions(tmp_path, "ensemble")[0] == [first_champion]
+
+    worse = tune(dataset, tmp_path, "--search.num-samples", "1", "--schedule.num-epochs", "1", "--optim.lr", "1e-9", "--optim.head-lr", "1e-9")
+    output, _ = worse.communicate(timeout=600)
+    assert worse.returncode == 0, output
+    assert "stays version" in output and versions(tmp_path, "ensemble")[1] == first_champion
+
+
+def _half_done(journal):
+    """Whether a trial is between its first evaluation and its end."""
+    if not journal.exists():
+        return False
+    running = [json.loads(line) for line in journal.read_text().splitlines() if '"running"' in line]
+    return any((journal.parent / "trials" / trial["digest"] / "metrics.jsonl").exists() for trial in running)
