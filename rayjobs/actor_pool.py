@@ -80,11 +80,15 @@ def run_units(units: Sequence[dict[str, Any]], worker: type, arguments: tuple, p
     yield from mapped.iter_rows()
 
 
-def stop_on_sigterm() -> None:
-    """SIGTERM ends the job at once with `EXIT_STOPPED`: finished units are kept. Call after joining Ray, which sets a handler of its own."""
+def connect_stoppable() -> None:
+    """Join or start Ray, such that SIGTERM ends the job at once with `EXIT_STOPPED`: finished units are kept, the same command goes on."""
+    from rayjobs.resources import connect
 
     def stop(signum: int, frame: Any) -> None:
         print("stopped; the same command goes on from what is finished", flush=True)
         raise SystemExit(EXIT_STOPPED)
 
+    signal.signal(signal.SIGTERM, stop)
+    connect()
+    # Joining Ray sets a handler of its own.
     signal.signal(signal.SIGTERM, stop)

@@ -85,11 +85,10 @@ class EmbedWorker:
 
 def main(job: EmbedJob) -> int:
     """Check, encode part by part, and write the embeddings' manifest last."""
-    from cad_models.common.encoders import encoder_folder
+    from cad_models.common.encoders import build_encoder, encoder_folder
     from cad_models.dataset import DatasetError, DatasetFolder, EmbeddingsManifest
-    from rayjobs.actor_pool import plan_pool, run_units, stop_on_sigterm
+    from rayjobs.actor_pool import connect_stoppable, plan_pool, run_units
     from rayjobs.folder_lock import locked
-    from rayjobs.resources import connect
 
     if job.scale.num_workers < 0:
         raise ValueError(f"--scale.num-workers {job.scale.num_workers} must be at least 0")
@@ -100,6 +99,8 @@ def main(job: EmbedJob) -> int:
     if manifest.task != task.name:
         raise DatasetError(f"--dataset {job.dataset} was prepared for --task {manifest.task}, not for --task {task.name}")
     name = job.encoder or job.recipe.data.encoder
+    if not name.startswith("timm:"):
+        build_encoder(name)  # costs nothing without weights, and refuses a misspelt name before Ray starts
     kind = f"embeddings/{encoder_folder(name)}"
     start = time.monotonic()
     with locked(dataset.folder, f"{kind}/{LOCK_NAME}", "embed"):
@@ -107,8 +108,7 @@ def main(job: EmbedJob) -> int:
         if former and (former.encoder != name or former.dataset_digest != manifest.digest):
             # From here on the folder is between two states, which no reader may take for embeddings of this dataset.
             dataset.folder.delete(f"{kind}/manifest.json")
-        connect()
-        stop_on_sigterm()
+        connect_stoppable()
         recorded = {part["key"]: part for part in former.parts if "key" in part} if former else {}
         former_keys = [part.get("key") for part in former.parts] if former else []
         units = [
