@@ -133,12 +133,10 @@ def _processed(directory: Path, requests: Requests, scale: ScaleConfig, clock: "
     import ray
 
     from cad_models.ensemble import pack
-    from rayjobs.actor_pool import plan_pool, run_units, stop_on_sigterm
+    from rayjobs.actor_pool import connect_stoppable, plan_pool, run_units
     from rayjobs.progress import Progress
-    from rayjobs.resources import connect
 
-    connect()
-    stop_on_sigterm()
+    connect_stoppable()
     clock.lap("start Ray", 1)
     num_inputs = len(requests.inputs)
     size = max(1, min(_MAX_INPUTS_PER_UNIT, num_inputs // 32))
