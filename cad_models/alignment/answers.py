@@ -218,12 +218,12 @@ def _read_image(data: bytes) -> Columns:
 
 
 def _read_mesh(data: bytes, uri: str, settings: ReadSettings) -> Columns:
-    from cad_models.common.rendering import render_views, ring_cameras
+    from cad_models.common.rendering import Camera, render_views
 
     mesh = load_mesh(data, "." + uri.rpartition(".")[2].lower())
     sha256 = hashlib.sha256(data).hexdigest()
     columns = {f"points/{n}": np.concatenate(cad_points(mesh, sha256, n), axis=1) for n in settings.num_points}
-    picture = render_views(mesh.vertices, mesh.faces, ring_cameras(24)[8:9], size=_THUMBNAIL_SIZE)[0]
+    picture = render_views(mesh.vertices, mesh.faces, [Camera(azimuth_deg=30.0, elevation_deg=25.0)], size=_THUMBNAIL_SIZE)[0]
     return columns | {"thumbnail": _thumbnail(picture)}
 
 
