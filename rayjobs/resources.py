@@ -1,9 +1,9 @@
 """Joining or starting Ray, and asking for no more than can ever be had."""
 
+import logging
 import os
+import sys
 from dataclasses import dataclass
-
-import ray
 
 # Ray's own defaults, for jobs, tests and workers alike, where the user has set nothing. Why each: see the comments.
 _ENVIRONMENT = {
@@ -52,6 +52,8 @@ def connect() -> None:
     The local one has at least 6 logical CPUs: Ray counts slots, not cores, and a driver, its workers and a data task each hold one.
     """
     set_defaults()
+    import ray  # late: --help needs this module's configs, not Ray
+
     if ray.is_initialized():
         return
     settings = {"log_to_driver": os.environ.get("CAD_WORKER_LOGS") == "1", "logging_level": "warning"}
@@ -61,14 +63,24 @@ def connect() -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(runtime_env=runtime_env, **settings)
         return
-    ray.init(
-        address="local",
-        num_cpus=max(6, 3 * (os.cpu_count() or 1)),
-        include_dashboard=True,  # Ray Train reads its workers' state through it
-        dashboard_host="127.0.0.1",
-        runtime_env=runtime_env,
-        **settings,
-    )
+    # Ray says at every start that it protects a local cluster by a token; it should, and it needs no saying.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    for attempt in (1, 2, 3):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(6, 3 * (os.cpu_count() or 1)),
+                include_dashboard=True,  # Ray Train reads its workers' state through it
+                dashboard_host="127.0.0.1",
+                runtime_env=runtime_env,
+                **settings,
+            )
+            return
+        except Exception as error:  # Ray raises a bare Exception when its processes take longer than 30 s to start
+            if attempt == 3 or "timed out during startup" not in str(error):
+                raise
+            print("Ray did not start in time on this busy machine: trying again", file=sys.stderr, flush=True)
+            ray.shutdown()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +104,8 @@ def plan_workers(scale: ScaleConfig, *, concurrent_trainings: int = 1) -> Worker
     Raises:
         ValueError: the request can never be met by the nodes that are up; says what was asked, what there is and what would fit.
     """
+    import ray
+
     total = ray.cluster_resources()
     cpus, gpus = total.get("CPU", 0.0), int(total.get("GPU", 0))
     num_workers = max(1, scale.num_workers)

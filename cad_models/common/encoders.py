@@ -37,14 +37,14 @@ class ImageEncoder(ABC):
     input_size: int
     """Width and height, in pixels, of the square that the encoder sees."""
 
-    def encode(self, images: Sequence[Image]) -> Float[np.ndarray, "images width"]:
+    def encode(self, images: Sequence[Image]) -> Float[np.ndarray, "images features"]:
         """Embeddings, float32, of images of any size."""
         if not images:
             return np.zeros((0, self.width), dtype=np.float32)
         return self._encode([prepare_image(image, size=self.input_size) for image in images])
 
     @abstractmethod
-    def _encode(self, images: list[Image]) -> Float[np.ndarray, "images width"]:
+    def _encode(self, images: list[Image]) -> Float[np.ndarray, "images features"]:
         """Embeddings of squares of ``input_size``."""
 
 
@@ -59,7 +59,7 @@ class HogEncoder(ImageEncoder):
         self.width = blocks**2 * _HOG["cells_per_block"] ** 2 * _HOG["orientations"]
         self.digest = _digest("hog", *map(str, _HOG.values()))
 
-    def _encode(self, images: list[Image]) -> Float[np.ndarray, "images width"]:
+    def _encode(self, images: list[Image]) -> Float[np.ndarray, "images features"]:
         from skimage.feature import hog
 
         rows = np.empty((len(images), self.width), dtype=np.float32)
@@ -113,7 +113,7 @@ class TimmEncoder(ImageEncoder):
         # On a CPU matrix products of different heights differ in the last bits: one image at a time keeps embeddings independent of the batch.
         self._batch_size = 64 if self._device.type == "cuda" else 1
 
-    def _encode(self, images: list[Image]) -> Float[np.ndarray, "images width"]:
+    def _encode(self, images: list[Image]) -> Float[np.ndarray, "images features"]:
         import torch
 
         pieces = []
