@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Where an ensemble's folder lies within a model's artifacts.
 _ENSEMBLE_PATH = "artifacts/ensemble"
 
-_REQUIREMENTS = ("mlflow", "torch", "numpy", "pandas", "pyarrow", "numba", "scipy", "manifold3d", "pillow", "scikit-image", "safetensors", "jaxtyping", "timm")
+_REQUIREMENTS = ("mlflow", "torch", "numpy", "pandas", "pyarrow", "numba", "scipy", "manifold3d", "pillow")
 _REQUIREMENTS += ("scikit-image", "safetensors", "timm", "jaxtyping")
 
 
