@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from cad_models.config import Recipe, digest, json_digest, replace_all, to_dict
+from cad_models.config import Recipe, digest, json_digest, to_dict
 from cad_models.dataset import Folder
 from cad_models.task import Score
 from cad_models.tasks import TASKS
 from rayjobs.cli import EXIT_STOPPED, RecipeFlags, TrackingConfig, run_job
 from rayjobs.resources import ScaleConfig, WorkerPlan
-from rayjobs.search import SearchConfig, Trial
+from rayjobs.search import SearchConfig, Trial, varied
 
 if TYPE_CHECKING:
     from rayjobs.tracking import MetricsCourier, TrackedRun, Tracking
@@ -69,15 +69,16 @@ def main(job: TuneJob) -> int:
     """Search, tell, register."""
     _check(job)
     _warn_of_relative_paths(job)
+    from rayjobs.actor_pool import connect_stoppable
     from rayjobs.folder_lock import locked
-    from rayjobs.resources import connect, plan_workers
+    from rayjobs.resources import plan_workers
     from rayjobs.search import claim, default_name, search_identity
     from rayjobs.tracking import DatasetSource, MetricsCourier, open_tracking
     from rayjobs.train import loop_config
 
     task = TASKS[job.task]
     tracking = open_tracking(job.tracking, job.task)
-    connect()
+    connect_stoppable()
     in_process = job.scale.num_workers == 0
     scale = replace(job.scale, num_workers=1, use_gpu=False) if in_process else job.scale
     plan = plan_workers(scale, concurrent_trainings=job.search.max_concurrent)
@@ -279,7 +280,7 @@ class TrackedTrials:
     def _run(self, trial: Trial) -> "TrackedRun":
         if trial.number not in self._runs:
             trial_folder = self._folder / f"trials/{trial.digest}"
-            recipe = replace_all(self._job.recipe, trial.values)
+            recipe = varied(self._job.recipe, trial.values)
             self._runs[trial.number] = self._tracking.start_run(
                 json_digest(["trial", self._folder.uri, trial.digest]),
                 name=f"trial-{trial.number:03d}",

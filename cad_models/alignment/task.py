@@ -40,6 +40,7 @@ def search_space(trial: Any) -> dict[str, Any]:
     num_experts = trial.suggest_categorical("model.num_experts", [1, 2, 4, 8, 16])
     values = {
         "model.num_experts": num_experts,
+        "model.top_k": 0,
         "model.embed_dim": trial.suggest_categorical("model.embed_dim", [256, 512, 1024]),
         "loss.temperature": trial.suggest_float("loss.temperature", 0.02, 0.2, log=True),
         "optim.lr": trial.suggest_float("optim.lr", 1e-4, 2e-3, log=True),

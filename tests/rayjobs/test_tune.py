@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +21,7 @@ import pytest
 
 from cad_models.alignment.recipe import RECIPE, SMOKE
 from cad_models.alignment.task import AlignmentTask
-from cad_models.config import digest, replace_all, to_dict
+from cad_models.config import Recipe, digest, to_dict
 from cad_models.dataset import Folder
 from cad_models.task import Score
 from rayjobs import champion, search_report
@@ -38,6 +38,7 @@ from rayjobs.search import (
     next_trial,
     search_identity,
     should_stop,
+    varied,
 )
 from rayjobs.trials import LiveSearch
 from tests.synthetic import make_dataset
@@ -52,6 +53,18 @@ class TinySpace(AlignmentTask):
     """The task with a space of three recipes."""
 
     search_space = staticmethod(lambda trial: {"model.num_experts": trial.suggest_categorical("model.num_experts", [1, 2, 4])})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedRecipe(Recipe):
+    """A recipe whose values must fit each other."""
+
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self):
+        if self.low >= self.high:
+            raise ValueError(f"low {self.low} must be below high {self.high}")
 
 
 def curve(recipe_json, epochs):
@@ -133,7 +146,7 @@ def sequence(count):
     trials = []
     for _ in range(count):
         trial = next_trial(AlignmentTask(), BASE, CONFIG, trials)
-        score = curve(to_dict(replace_all(BASE, trial.values)), [5])
+        score = curve(to_dict(varied(BASE, trial.values)), [5])
         trials.append(ended(trial, "complete", MAX, scores=score, seconds=0.0))
     return [trial.digest for trial in trials]
 
@@ -145,9 +158,9 @@ import math
 from dataclasses import replace
 from cad_models.alignment.recipe import RECIPE
 from cad_models.alignment.task import AlignmentTask
-from cad_models.config import replace_all, to_dict
+from cad_models.config import to_dict
 from cad_models.task import Score
-from rayjobs.search import SearchConfig, ended, next_trial
+from rayjobs.search import SearchConfig, ended, next_trial, varied
 MAX = {MAX!r}
 BASE = replace(RECIPE, schedule=replace(RECIPE.schedule, num_epochs=9))
 CONFIG = {CONFIG!r}
@@ -199,7 +212,28 @@ def test_next_trial_small_space_is_exhausted_without_repeats():
     trials = []
     while (trial := next_trial(TinySpace(), BASE, CONFIG, trials)) is not None:
         trials.append(ended(trial, "complete", MAX, scores={1: 0.5}, seconds=0.0))
-    assert sorted(replace_all(BASE, trial.values).model.num_experts for trial in trials) == [1, 2, 4]
+    assert sorted(varied(BASE, trial.values).model.num_experts for trial in trials) == [1, 2, 4]
+
+
+def test_varied_needs_values_to_fit_only_together():
+    base = replace(PairedRecipe(), low=3.0, high=4.0)
+    assert varied(base, {"low": 6.0, "high": 7.0}) == PairedRecipe(low=6.0, high=7.0)
+    with pytest.raises(ValueError, match="low"):
+        varied(base, {"low": 6.0})
+    with pytest.raises(ValueError, match="lower"):
+        varied(base, {"lower": 6.0})
+
+
+def test_next_trial_one_expert_never_keeps_the_top_k_of_the_base_recipe():
+    base = replace(RECIPE, model=replace(RECIPE.model, top_k=2))
+    trials, singles = [], 0
+    for number in range(12):
+        trial = next_trial(AlignmentTask(), base, replace(CONFIG, num_startup_trials=99), trials)
+        model = varied(base, trial.values).model
+        singles += model.num_experts == 1
+        assert model.top_k == 0 or model.top_k < model.num_experts
+        trials.append(ended(trial, "complete", MAX, scores={1: number / 12}, seconds=0.0))
+    assert singles > 0
 
 
 def test_claim_another_base_recipe_names_both_sides(tmp_path):
@@ -454,7 +488,7 @@ def searched(tmp_path_factory):
 def test_table_csv_gives_back_every_recipe_and_score(searched):
     rows = list(csv.DictReader(io.StringIO(search_report.table_csv(searched, BASE).decode())))
     for trial, row in zip(searched, rows, strict=True):
-        recipe = replace_all(BASE, trial.values)
+        recipe = varied(BASE, trial.values)
         assert (int(row["trial"]), row["state"], row["recipe"]) == (trial.number, trial.state, digest(recipe))
         assert float(row["optim.lr"]) == recipe.optim.lr and int(row["model.num_experts"]) == recipe.model.num_experts
         assert (float(row["score"]) if row["score"] else None) == trial.score
