@@ -135,7 +135,7 @@ def _batches(images: Iterator[Any]) -> Iterator[list[Any]]:
 
 def _encode_batch(pending: list[Any], encoder: "ImageEncoder", where: str) -> np.ndarray:
     with np.errstate(over="ignore"):  # told below, with the file's name
-        vectors = encoder.encode([future.result() for future in pending]).astype(np.float16)
+        vectors = encoder.encode_squares([future.result() for future in pending]).astype(np.float16)
     if not np.isfinite(vectors).all():
         raise DatasetError(f"{where}: encoder {encoder.name} gave values beyond the range of float16: use another encoder")
     return vectors

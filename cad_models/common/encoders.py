@@ -39,9 +39,11 @@ class ImageEncoder(ABC):
 
     def encode(self, images: Sequence[Image]) -> Float[np.ndarray, "images features"]:
         """Embeddings, float32, of images of any size."""
-        if not images:
-            return np.zeros((0, self.width), dtype=np.float32)
-        return self._encode([prepare_image(image, size=self.input_size) for image in images])
+        return self.encode_squares([prepare_image(image, size=self.input_size) for image in images])
+
+    def encode_squares(self, squares: Sequence[Image]) -> Float[np.ndarray, "images features"]:
+        """Embeddings, float32, of what `prepare_image` made at ``input_size``: for callers that prepare in threads of their own."""
+        return self._encode(list(squares)) if squares else np.zeros((0, self.width), dtype=np.float32)
 
     @abstractmethod
     def _encode(self, images: list[Image]) -> Float[np.ndarray, "images features"]:
@@ -103,7 +105,7 @@ class TimmEncoder(ImageEncoder):
             self.digest = _digest(name, _weights_digest(model))
         config = timm.data.resolve_model_data_config(model)
         self.input_size = int(config["input_size"][1])
-        self.width = int(model.num_features)
+        self.width = int(model.head_hidden_size)
         # The squares already have the model's size: of its transform remain scaling to [0, 1] and normalisation.
         self._mean = torch.tensor(config["mean"]).view(3, 1, 1)
         self._std = torch.tensor(config["std"]).view(3, 1, 1)
