@@ -239,7 +239,7 @@ def _write(
     """Write everything; what each file holds -> where it is."""
     import pyarrow as pa
 
-    from cad_models.common.answers_page import answers_page
+    from cad_models.answers_page import answers_page
 
     stem = job.output.removesuffix(".csv")
     places = {

@@ -5,7 +5,7 @@ import json
 import re
 from html.parser import HTMLParser
 
-from cad_models.common.answers_page import answers_page
+from cad_models.answers_page import answers_page
 from cad_models.task import Answer
 
 
