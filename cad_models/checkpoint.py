@@ -122,10 +122,7 @@ def load_member(directory: Path, *, device: str = "cpu", digest: str | None = No
     task = TASKS.get(described.get("task"))
     if task is None:
         raise CheckpointError(f"{directory / 'recipe.json'} names the task {described.get('task')!r}; known are {', '.join(sorted(TASKS))}")
-    try:
-        recipe = from_dict(type(task.recipe), described["recipe"])
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{directory / 'recipe.json'} does not fit this version of the program: {error}") from error
+    recipe = _read_recipe(directory / "recipe.json", task)
     signature = _read_json(directory / "signature.json")
     metrics = _read_json(directory / "metrics.json") if (directory / "metrics.json").exists() else {}
     learner = task.learner(recipe, signature)
@@ -173,7 +170,7 @@ def gather_files(pair: str, into: Path) -> Path:
     task = TASKS.get(_read_json(into / "recipe.json").get("task"))
     if task is None:
         raise CheckpointError(f"--model {pair}: {files[0].parent / 'recipe.json'} names no known task")
-    recipe = from_dict(type(task.recipe), _read_json(into / "recipe.json")["recipe"])
+    recipe = _read_recipe(into / "recipe.json", task)
     names = sorted(task.learner(recipe, _read_json(into / "signature.json")).artifacts(), key=len, reverse=True)
     for path in files:
         name = next((n for n in names if path.name.startswith(n)), None)
@@ -189,8 +186,20 @@ def gather_files(pair: str, into: Path) -> Path:
     return into
 
 
+def _read_recipe(path: Path, task: Task) -> Recipe:
+    try:
+        return from_dict(type(task.recipe), _read_json(path)["recipe"])
+    except KeyError as error:
+        raise CheckpointError(f"{path} holds no recipe") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} does not fit this version of the program: {error}") from error
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, it holds a {type(value).__name__}")
+    return value

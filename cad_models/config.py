@@ -14,6 +14,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 
+def check(valid: bool, path: str, value: Any, allowed: str) -> None:
+    """Raise ValueError, naming the value and its flag, unless ``valid``; NaN is never valid, as every comparison with it is false."""
+    if not valid:
+        raise ValueError(f"--{path.replace('_', '-')} is {value!r}: it must be {allowed}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW with one learning rate for the encoder and one for the head."""
@@ -29,6 +35,11 @@ class OptimConfig:
     ema_decay: float = 0.99
     """Decay per step of the weights' exponential moving average, which is what gets evaluated and saved; 0 = off."""
 
+    def __post_init__(self) -> None:
+        for name in ("lr", "head_lr", "weight_decay", "grad_clip_norm"):
+            check(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "at least 0")
+        check(0 <= self.ema_decay < 1, "optim.ema_decay", self.ema_decay, "in [0, 1)")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
@@ -42,6 +53,12 @@ class ScheduleConfig:
     """Final learning rate as a share of the peak."""
     eval_every_epochs: int = 1
     """Evaluate (and keep the best) every so many epochs; the last epoch is always evaluated."""
+
+    def __post_init__(self) -> None:
+        check(self.num_epochs >= 1, "schedule.num_epochs", self.num_epochs, "at least 1")
+        check(self.num_warmup_epochs >= 0, "schedule.num_warmup_epochs", self.num_warmup_epochs, "at least 0")
+        check(0 <= self.min_lr_ratio <= 1, "schedule.min_lr_ratio", self.min_lr_ratio, "in [0, 1]")
+        check(self.eval_every_epochs >= 1, "schedule.eval_every_epochs", self.eval_every_epochs, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,18 +74,24 @@ class Recipe:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the forward pass; auto = bfloat16 on GPUs that have it, float32 elsewhere. Losses are float32 always."""
 
+    def __post_init__(self) -> None:
+        check(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        check(self.seed >= 0, "seed", self.seed, "at least 0")
+
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as plain JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def from_dict(cls: type, values: dict[str, Any], *, where: str = "") -> Any:
+def from_dict(cls: type, values: Any, *, where: str = "") -> Any:
     """Rebuild ``cls`` from :func:`to_dict`'s output; every field must be there and of its type.
 
     Raises:
         ValueError: unknown or missing field, or a value of another type; the message names the path.
     """
+    if not isinstance(values, dict):
+        raise ValueError(f"{where.rstrip('.') or cls.__name__}: expected the fields of {cls.__name__}, got {values!r}")
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     for key in values:
@@ -83,8 +106,8 @@ def from_dict(cls: type, values: dict[str, Any], *, where: str = "") -> Any:
 def _convert(hint: Any, value: Any, where: str) -> Any:
     origin = typing.get_origin(hint)
     if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise ValueError(f"{where}: expected a {hint.__name__}, got {value!r}")
+        if isinstance(value, hint):
+            return value
         return from_dict(hint, value, where=where + ".")
     if origin is Literal:
         if value not in typing.get_args(hint):
@@ -139,10 +162,14 @@ def replace_at(config: Any, path: str, value: Any) -> Any:
     Raises:
         ValueError: no such path, or a value of another type.
     """
-    name, _, rest = path.partition(".")
+    return _replaced(config, path.split("."), value, path)
+
+
+def _replaced(config: Any, names: list[str], value: Any, path: str) -> Any:
+    name, *rest = names
     _check_field(config, name, path)
     if rest:
-        return dataclasses.replace(config, **{name: replace_at(getattr(config, name), rest, value)})
+        return dataclasses.replace(config, **{name: _replaced(getattr(config, name), rest, value, path)})
     hint = typing.get_type_hints(type(config))[name]
     return dataclasses.replace(config, **{name: _convert(hint, value, path)})
 

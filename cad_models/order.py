@@ -75,9 +75,16 @@ class StreamOrder:
         """The windows of each shard, in reading order."""
         parts = [p for p in range(len(self.part_rows)) if self.part_rows[p]]
         dealt = np.random.default_rng((self.seed, 12, epoch)).permutation(parts)
+        # Each to the shard that has the fewest rows so far: the smallest one bounds the epoch.
+        hands: list[list[int]] = [[] for _ in range(shards)]
+        held = [0] * shards
+        for part in dealt.tolist():
+            shard = held.index(min(held))
+            hands[shard].append(part)
+            held[shard] += self.part_rows[part]
         result = []
-        for shard in range(shards):
-            mine, windows, start = dealt[shard::shards].tolist(), [], 0
+        for shard, mine in enumerate(hands):
+            windows, start = [], 0
             for i in range(0, len(mine), WINDOW_PARTS):
                 chosen = tuple(mine[i : i + WINDOW_PARTS])
                 windows.append(Window(shard, chosen, start, (self.seed, 13, epoch, shard, i)))

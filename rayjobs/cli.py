@@ -44,18 +44,18 @@ def parse_job(job_type: type[Job], argv: Sequence[str] | None = None, **defaults
         argv: Arguments without the program's name; None = the process's own.
         defaults: Field values that replace the dataclass's defaults.
 
-    Exits with status 2 after a hint for an unknown task, an unknown flag or a value of the wrong type.
+    Exits with status 2 after a hint for an unknown task, an unknown flag or a value of the wrong type or out of its range.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     task_name, smoke = _task_of(arguments)
     task = TASKS[task_name]
     recipe = task.smoke if smoke else task.recipe
-    return tyro.cli(
-        job_type,
-        args=arguments,
-        default=job_type(task=task_name, recipe=recipe, smoke=smoke, **defaults),
-        description=sys.modules[job_type.__module__].__doc__,
-    )
+    default = job_type(task=task_name, recipe=recipe, smoke=smoke, **defaults)
+    try:
+        return tyro.cli(job_type, args=arguments, default=default, description=sys.modules[job_type.__module__].__doc__)
+    except ValueError as error:  # a value of the right type out of its range: a config's own check
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
 
 
 def _task_of(arguments: list[str]) -> tuple[str, bool]:

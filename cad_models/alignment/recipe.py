@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from cad_models.config import OptimConfig, Recipe, ScheduleConfig
+from cad_models.config import OptimConfig, Recipe, ScheduleConfig, check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +16,11 @@ class AugmentConfig:
     """Each axis is shifted by at most this much, in radii of the object; 0 = off."""
     max_rotation_deg: float = 0.0
     """Rotation about the vertical axis, drawn from ± this; 0 = off (parts are stored upright, and so are their views)."""
+
+    def __post_init__(self) -> None:
+        check(self.max_scale >= 1, "data.augment.max_scale", self.max_scale, "at least 1")
+        check(self.max_shift >= 0, "data.augment.max_shift", self.max_shift, "at least 0")
+        check(self.max_rotation_deg >= 0, "data.augment.max_rotation_deg", self.max_rotation_deg, "at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +40,12 @@ class AlignmentData:
     views_per_step: int = 0
     """Views of each object drawn for a training step; 0 = all."""
     augment: AugmentConfig = AugmentConfig()
+
+    def __post_init__(self) -> None:
+        for name in ("num_points", "num_views", "num_query_views"):
+            check(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "at least 1")
+        check(self.image_size >= 16, "data.image_size", self.image_size, "at least 16 pixels")
+        check(self.views_per_step >= 0, "data.views_per_step", self.views_per_step, "at least 0 (0 = all)")
 
 
 @dataclass(frozen=True, kw_only=True)
