@@ -109,7 +109,7 @@ def view_matching_metrics(
 ) -> dict[str, float]:
     """The rival without learning: render the gallery, and match views by the cosine of their frozen embeddings, the best view counts.
 
-    Several query images of an object add their scores. Ties count against the query, as in `retrieval_metrics`.
+    Several query images of an object add their scores; objects without a query image are only in the gallery. Ties count against the query, as in `retrieval_metrics`.
 
     Args:
         views: [n, most views, width], frozen embeddings of the gallery's views.
@@ -127,8 +127,10 @@ def view_matching_metrics(
     for infix, size in PROTOCOLS.items():
         rows, owner = [], []
         for i, scores in enumerate(score):
+            if len(scores) == 0:
+                continue
             length = min(size, len(scores)) if size else len(scores)
-            for start in range(0, len(scores) - length + 1, max(1, length)):
+            for start in range(0, len(scores) - length + 1, length):
                 rows.append(scores[start : start + length].mean(axis=0))
                 owner.append(i)
         matrix, owners = np.stack(rows), np.array(owner)

@@ -21,6 +21,8 @@ MAX_PIXELS = 64_000_000
 
 # Distance in RGB (of 441 at most) from which a pixel differs from the background: above JPEG's ringing on a white page.
 _BACKGROUND_DISTANCE = 24.0
+# Larger pictures are shrunk by a whole factor before anything else is done with them; four times what the largest encoder sees.
+_LARGEST_SIDE = 2048
 # Specks smaller than this share of the largest piece are dust, not parts of the object.
 _SPECK_SHARE = 0.01
 
@@ -42,9 +44,9 @@ class BadImage(ValueError):
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, "height width 3"]:
-    """The picture in a PNG, JPEG, WEBP, BMP, TIFF or GIF (first frame) file, upright (EXIF), as sRGB on white.
+    """The picture in a PNG, JPEG, WEBP, BMP, TIFF or GIF (first frame) file, upright (EXIF), as RGB on white.
 
-    Transparency is composited on white; 16-bit, palette, grey and CMYK images are converted.
+    Transparency is composited on white; 16-bit, palette, grey and CMYK images are converted. Colour profiles are not applied.
 
     Args:
         max_pixels: Larger pictures are refused by their header, before anything is decompressed.
@@ -172,7 +174,14 @@ def square_crop(
 
 
 def prepare_image(image: UInt8[np.ndarray, "height width 3"], *, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """Foreground mask, then square crop: how every image, query or gallery view, is shown to an encoder."""
+    """Foreground mask, then square crop: how every image, query or gallery view, is shown to an encoder.
+
+    Pictures with a side beyond 2,048 pixels are shrunk first: a photograph's mask would take gigabytes, and the square around a picture
+    of 20,000 x 10 pixels far more.
+    """
+    factor = -(-max(image.shape[:2]) // _LARGEST_SIDE)
+    if factor > 1:
+        image = np.array(Image.fromarray(image).reduce(factor))
     return square_crop(image, foreground_mask(image), size=size)
 
 
