@@ -35,7 +35,7 @@ from cad_models.common.ema import ExponentialMovingAverage
 from cad_models.common.schedule import lr_factor
 from cad_models.config import Recipe, differences, from_dict, to_dict
 from cad_models.dataset import Folder
-from cad_models.order import object_rng
+from cad_models.order import MAX_SHARDS, object_rng
 from cad_models.task import ADAPT_OBJECTS, Columns, Learner, Predictions, Task
 from cad_models.tasks import TASKS
 from rayjobs.streams import ROW_KEY, SplitStream, concatenated
@@ -72,6 +72,9 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     import ray.train.torch
 
     loop: LoopConfig = config["loop"]
+    folder = Folder(loop.run_folder)
+    if folder.exists("error.json"):  # restarted, though trying again cannot help
+        return
     device = ray.train.torch.get_device()
 
     def report(metrics: dict[str, float]) -> None:
@@ -80,9 +83,11 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     try:
         Training(loop, device=device, report=report).run()
     except ValueError as error:
-        # A user's mistake or diverged numbers: trying again cannot help, so it must not look like a lost worker to Ray Train.
-        if _rank() == 0:
-            Folder(loop.run_folder).write_json("error.json", {"error": str(error)})
+        # A user's mistake or diverged numbers: trying again cannot help, so it must not look like a lost worker to Ray Train. A worker that is
+        # alone with it (one broken part file) lets the others go, who would wait for it until their timeout.
+        folder.write_json("error.json", {"error": str(error)})
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 class Training:
@@ -141,7 +146,9 @@ class Training:
         steps = config.train.num_steps(state.epoch, self.batch_size, self.world_size)
         if steps == 0:
             raise ValueError(
-                f"--batch-size {self.batch_size} is more than the {config.train.num_rows} objects of the train split: use a smaller one"
+                f"--batch-size {self.batch_size} leaves no step in an epoch of the {config.train.num_rows} objects of the train split "
+                f"({sum(map(bool, config.train.part_rows))} parts) on {self.world_size} workers: use a smaller one, fewer workers, or hold the "
+                "split in memory (--scale.cache-gb)"
             )
         warmup_steps = round(recipe.schedule.num_warmup_epochs * steps)
         num_steps = recipe.schedule.num_epochs * steps
@@ -152,12 +159,13 @@ class Training:
             batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
             # Dropout must not depend on what was drawn before: a resumed run draws the same. Workers differ, as their objects do.
             torch.manual_seed(int(np.random.SeedSequence((recipe.seed, state.global_step, self.rank)).generate_state(1)[0]))
-            factor = lr_factor(
-                state.global_step, num_steps=num_steps, num_warmup_steps=warmup_steps, min_ratio=recipe.schedule.min_lr_ratio
-            )
+            # Streamed epochs may differ by a few steps: the schedule goes by the share of the epochs that is done.
+            position = state.epoch * steps + state.step
+            factor = lr_factor(position, num_steps=num_steps, num_warmup_steps=warmup_steps, min_ratio=recipe.schedule.min_lr_ratio)
+            scalars: dict[str, Tensor] = {}
             for turn in self.learner.turns:
-                scalars = self._step(model, batch, turn, factor)
-                state.add(scalars)
+                scalars |= self._step(model, batch, turn, factor)
+            state.add(scalars)
             if self.ema is not None:
                 self.ema.update(self.learner)
             state.step += 1
@@ -191,14 +199,20 @@ class Training:
         limit = self.recipe.optim.grad_clip_norm
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else math.inf)
         # Reading the norm waits for a GPU: there every 16th step is soon enough to catch NaN.
-        if (self.device.type == "cpu" or self.state.global_step % 16 == 0) and not math.isfinite(float(norm)):
-            raise TrainingDiverged(
-                f"gradients are {float(norm)} at step {self.state.global_step} (epoch {self.state.epoch + 1}, loss {float(scalars['loss'])}): "
-                f"lower --optim.lr ({self.recipe.optim.lr:g}) or --optim.head-lr ({self.recipe.optim.head_lr:g}), or lengthen --schedule.num-warmup-epochs"
-            )
+        if self.device.type == "cpu" or self.state.global_step % 16 == 0:
+            self._check_finite({"grad_norm": float(norm), "loss": float(scalars["loss"])})
         optimizer.step()
         prefix = "" if len(self.learner.turns) == 1 else f"{turn}/"
         return {f"{prefix}{name}": value.detach() for name, value in scalars.items()} | {f"{prefix}grad_norm": norm.detach()}
+
+    def _check_finite(self, values: dict[str, float]) -> None:
+        if all(map(math.isfinite, values.values())):
+            return
+        found = ", ".join(f"{name} {value}" for name, value in values.items() if not math.isfinite(value))
+        raise TrainingDiverged(
+            f"training diverged at step {self.state.global_step} (epoch {self.state.epoch + 1}): {found}; lower --optim.lr "
+            f"({self.recipe.optim.lr:g}) or --optim.head-lr ({self.recipe.optim.head_lr:g}), or lengthen --schedule.num-warmup-epochs"
+        )
 
     # evaluation ---------------------------------------------------------------------------------------------------------------------------
     def _evaluate_and_keep(self) -> None:
@@ -208,6 +222,7 @@ class Training:
             metrics = split_metrics(self.task, self.recipe, self.learner, self.config.val, self.device, "val", group=self.cpu_group)
             metrics = self._shared(metrics)
             metrics |= {f"train/{name}": value for name, value in self._mean_scalars().items()}
+            self._check_finite({name: value for name, value in metrics.items() if name.endswith(("loss", "grad_norm"))})
             metrics |= {"train/objects_per_s": state.objects_per_s, "val/seconds": time.monotonic() - started}
             metrics |= {f"train/lr_{turn}": opt.param_groups[0]["lr"] for turn, opt in self.optimizers.items()}
             metrics |= system_metrics()
@@ -464,10 +479,13 @@ def predict_split(
 
 
 def _batch_size(recipe: Recipe, train: SplitStream, world_size: int) -> int:
-    """The recipe's, or for a smaller dataset the largest multiple of the workers that it fills."""
+    """The recipe's, or for a smaller dataset the largest that it fills: a multiple of 8 where it can, so that 1, 2, 4 or 8 workers agree."""
     if train.num_rows == 0:
         raise ValueError(f"the train split of --dataset {train.dataset.uri} is empty")
-    return min(recipe.batch_size, max(world_size, train.num_rows // world_size * world_size))
+    if train.num_rows >= recipe.batch_size:
+        return recipe.batch_size
+    unit = MAX_SHARDS if MAX_SHARDS % world_size == 0 and train.num_rows >= MAX_SHARDS else world_size
+    return max(unit, train.num_rows // unit * unit)
 
 
 def _autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
