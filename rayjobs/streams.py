@@ -6,6 +6,7 @@ streams through windows of a few parts, so that memory does not grow with the da
 depends on seed and epoch only, and any step can be resumed.
 """
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -128,7 +129,7 @@ class SplitStream:
 
         blocks = _ordered([{"part": p} for p in parts]).map_batches(load, batch_size=None, num_cpus=0.25).materialize()
         # Only the references: the blocks stay where the tasks put them, and readers on the same node map them without a copy.
-        return replace(self, blocks=blocks.get_internal_block_refs())
+        return replace(self, blocks=[ref for bundle in blocks.iter_internal_ref_bundles() for ref in bundle.block_refs])
 
     def num_steps(self, epoch: int, batch_size: int, world_size: int) -> int:
         """Optimiser steps of an epoch; the same on every worker."""
@@ -219,6 +220,7 @@ def _ordered(items: list[dict[str, Any]]) -> "ray.data.Dataset":
     # Ray Data yields results as they come unless told so; the order of objects must not depend on who was faster.
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells each execution's plan and folder
     return ray.data.from_items(items, override_num_blocks=len(items))
 
 
