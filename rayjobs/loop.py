@@ -200,7 +200,7 @@ class Training:
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else math.inf)
         # Reading the norm waits for a GPU: there every 16th step is soon enough to catch NaN.
         if self.device.type == "cpu" or self.state.global_step % 16 == 0:
-            self._check_finite({"grad_norm": float(norm), "loss": float(scalars["loss"])})
+            self._check_finite({"grad_norm": float(norm), "loss": float(scalars["loss"].detach())})
         optimizer.step()
         prefix = "" if len(self.learner.turns) == 1 else f"{turn}/"
         return {f"{prefix}{name}": value.detach() for name, value in scalars.items()} | {f"{prefix}grad_norm": norm.detach()}
