@@ -385,8 +385,9 @@ def test_prepare_killed_and_stopped_and_run_again_is_byte_equal_to_an_undisturbe
 
     kill_once("prepare", arguments(ds), tmp_path, until=lambda: num_parts() >= 2)
     assert not (ds / "manifest.json").exists()
-    before = num_parts()
-    status, output = kill_once("prepare", arguments(ds), tmp_path, until=lambda: num_parts() > before, how=signal.SIGTERM)
+    # By its own first result, not by the number of files: workers of the killed driver may write for a moment longer.
+    at_work = lambda: "prepare: " in (tmp_path / "killed.log").read_text()  # noqa: E731
+    status, output = kill_once("prepare", arguments(ds), tmp_path, until=at_work, how=signal.SIGTERM)
     assert status == 75 and "Traceback" not in output and not (ds / "manifest.json").exists()
     before = num_parts()
     resumed = run_job_file("prepare", arguments(ds), tmp_path)
@@ -397,7 +398,7 @@ def test_prepare_killed_and_stopped_and_run_again_is_byte_equal_to_an_undisturbe
     # Nothing to do: nothing changes, not even a file's time.
     times = {p: p.stat().st_mtime_ns for p in ds.glob("*/part-*.parquet")}
     again = run_job_file("prepare", arguments(ds), tmp_path)
-    assert again.returncode == 0 and "15 reused, 0 computed" in again.stdout
+    assert again.returncode == 0 and f"{len(times) // 2} reused, 0 computed" in again.stdout
     assert {p: p.stat().st_mtime_ns for p in ds.glob("*/part-*.parquet")} == times
     assert_same_tree(ds, other)
 
