@@ -1,15 +1,20 @@
 """Frozen image encoders by name: ``hog`` (no weights, for CPUs) and ``timm:<model>[@file.safetensors]``. Heavy libraries come late.
 
-Every encoder sees images through `cad_models.common.images.prepare_image` (foreground, square crop), then through its own preprocessing.
+Every encoder takes decoded images of any size and shows them to itself by `cad_models.common.images.prepare_image` (foreground, square crop)
+and then by its own preprocessing, so that queries and gallery views cannot be treated differently.
 """
 
 import difflib
 import hashlib
+import json
+import math
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -21,119 +26,147 @@ if TYPE_CHECKING:
 
 Image = UInt8[np.ndarray, "height width 3"]
 
-# What the descriptors are made of; part of the digest, so that old embeddings are not mixed with new ones.
-_HOG = {"size": 128, "orientations": 9, "pixels_per_cell": 16, "cells_per_block": 2}
+_MARGIN = 0.05  # empty rim around the object in what an encoder sees
+_GPU_BATCH = 64
 
 
 class ImageEncoder(ABC):
-    """A frozen encoder. An image's embedding depends on that image alone."""
+    """A frozen encoder. An image's embedding depends on that image alone: on a CPU bit for bit, whatever else is in the call."""
 
     name: str
     """As given to `build_encoder`."""
     width: int
     """Length of an embedding."""
     digest: str
-    """Identifies encoder, weights and preprocessing; goes into checkpoint signatures."""
+    """Identifies architecture, weights and preprocessing (not the file they came from); goes into checkpoint signatures."""
     input_size: int
     """Width and height, in pixels, of the square that the encoder sees."""
 
-    def encode(self, images: Sequence[Image]) -> Float[np.ndarray, "images features"]:
-        """Embeddings, float32, of images of any size."""
-        return self.encode_squares([prepare_image(image, size=self.input_size) for image in images])
-
-    def encode_squares(self, squares: Sequence[Image]) -> Float[np.ndarray, "images features"]:
-        """Embeddings, float32, of what `prepare_image` made at ``input_size``: for callers that prepare in threads of their own."""
-        return self._encode(list(squares)) if squares else np.zeros((0, self.width), dtype=np.float32)
-
     @abstractmethod
-    def _encode(self, images: list[Image]) -> Float[np.ndarray, "images features"]:
-        """Embeddings of squares of ``input_size``."""
+    def encode(self, images: Sequence[Image]) -> Float[np.ndarray, "images width"]:
+        """Embeddings (float32, of any length) of decoded images of any size. Do not crop them before: that is done here."""
 
 
 class HogEncoder(ImageEncoder):
-    """Histograms of oriented gradients (Dalal & Triggs, CVPR 2005) of the grey image, by scikit-image; unit length."""
+    """Histograms of oriented gradients: 8 x 8 cells of 16 directions on 128 x 128 pixels, unit length.
+
+    After Dalal & Triggs (CVPR 2005), with what matching views of one part needs: a vote is shared between neighbouring directions and cells
+    (a part seen from 20 degrees aside shifts its edges), directions are signed (a part is darker than the page), and the histogram is one
+    block compared by its square roots (Hellinger kernel: Arandjelovic & Zisserman, CVPR 2012).
+    """
+
+    num_cells = 8
+    num_directions = 16
 
     def __init__(self) -> None:
         self.name = "hog"
-        self.input_size = _HOG["size"]
-        cells = _HOG["size"] // _HOG["pixels_per_cell"]
-        blocks = cells - _HOG["cells_per_block"] + 1
-        self.width = blocks**2 * _HOG["cells_per_block"] ** 2 * _HOG["orientations"]
-        self.digest = _digest("hog", *map(str, _HOG.values()))
+        self.input_size = 128
+        self.width = self.num_cells**2 * self.num_directions
+        self.digest = _digest("hog", self.input_size, self.num_cells, self.num_directions, _MARGIN, "signed trilinear hellinger")
+        # Share of each pixel row (or column) in each cell: 1 at the cell's centre, 0 at its neighbours' centres.
+        position = (np.arange(self.input_size) + 0.5) / self.input_size * self.num_cells - 0.5
+        self._cell_shares = np.maximum(0, 1 - np.abs(position - np.arange(self.num_cells)[:, None])).astype(np.float32)
 
-    def _encode(self, images: list[Image]) -> Float[np.ndarray, "images features"]:
-        from skimage.feature import hog
-
-        rows = np.empty((len(images), self.width), dtype=np.float32)
+    def encode(self, images: Sequence[Image]) -> Float[np.ndarray, "images width"]:
+        rows = np.zeros((len(images), self.width), dtype=np.float32)
         for row, image in zip(rows, images, strict=True):
-            row[:] = hog(
-                image.mean(axis=2) / 255,
-                orientations=_HOG["orientations"],
-                pixels_per_cell=(_HOG["pixels_per_cell"],) * 2,
-                cells_per_block=(_HOG["cells_per_block"],) * 2,
-            )
-        return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
+            row[:] = self.describe(prepare_image(image, size=self.input_size, margin=_MARGIN))
+        return rows
+
+    def describe(self, image: UInt8[np.ndarray, "size size 3"]) -> Float[np.ndarray, " width"]:
+        """The descriptor of a prepared image: cells row by row, directions counter-clockwise from +x within each; zeros for a blank image."""
+        size, num_directions = self.input_size, self.num_directions
+        grey = image.astype(np.float32) @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
+        down, right = np.zeros_like(grey), np.zeros_like(grey)
+        down[1:-1] = grey[2:] - grey[:-2]
+        right[:, 1:-1] = grey[:, 2:] - grey[:, :-2]
+        pixels = np.flatnonzero((down != 0) | (right != 0))  # most of a drawing is flat
+        down, right = down.ravel()[pixels], right.ravel()[pixels]
+        magnitude = np.hypot(right, down)
+        position = np.arctan2(-down, right) / np.float32(2 * np.pi) * num_directions
+        lower = np.floor(position)
+        share = position - lower
+        lower = lower.astype(np.int64) % num_directions
+        votes = np.zeros((num_directions, size * size), dtype=np.float32)
+        votes[lower, pixels] = magnitude * (1 - share)
+        votes[(lower + 1) % num_directions, pixels] = magnitude * share
+        cells = self._cell_shares @ votes.reshape(num_directions, size, size) @ self._cell_shares.T
+        total = cells.sum()
+        return np.sqrt(cells / total if total > 0 else cells).transpose(1, 2, 0).ravel()
 
 
 class TimmEncoder(ImageEncoder):
-    """A timm model without its classifier, frozen, behind timm's own preprocessing for that model.
+    """A timm model without its classifier, frozen, behind timm's own evaluation transform for that model.
 
     Args:
         name: ``timm:<model>`` (weights from timm's hub) or ``timm:<model>@<file>.safetensors``.
         device: Where it computes.
-        dtype: auto = bfloat16 on a GPU, float32 on a CPU.
+        dtype: Of matrix products; auto = bfloat16 on a GPU, float32 on a CPU.
 
     Raises:
         ValueError: unknown model, weights that cannot be had, or a file that does not fit the model.
     """
 
     def __init__(self, name: str, *, device: str = "cpu", dtype: Literal["auto", "float32", "bfloat16"] = "auto") -> None:
-        import timm
         import torch
+        from timm.data import create_transform, resolve_model_data_config
 
         self.name = name
         model_name, _, file = name.removeprefix("timm:").partition("@")
-        base = model_name.split(".")[0]
-        if base not in timm.list_models():
-            close = difflib.get_close_matches(base, timm.list_models(), n=3)
-            raise ValueError(f"--encoder {name}: timm has no model {base!r}{'; did you mean ' + ', '.join(close) + '?' if close else ''}")
-        if file:
-            model = timm.create_model(model_name, pretrained=False, num_classes=0)
-            self.digest = _digest(name.partition("@")[0], _load_weights(model, Path(file), name))
-        else:
-            model = _pretrained(model_name, name)
-            self.digest = _digest(name, _weights_digest(model))
-        config = timm.data.resolve_model_data_config(model)
-        self.input_size = int(config["input_size"][1])
+        _check_timm_name(model_name, name)
+        model = _with_file(model_name, Path(file), name) if file else _pretrained(model_name, name)
+        config = resolve_model_data_config(model)
+        self.digest = _digest("timm", model_name.partition(".")[0], json.dumps(config, sort_keys=True), _MARGIN, _weights_digest(model))
         self.width = int(model.head_hidden_size)
-        # The squares already have the model's size: of its transform remain scaling to [0, 1] and normalisation.
-        self._mean = torch.tensor(config["mean"]).view(3, 1, 1)
-        self._std = torch.tensor(config["std"]).view(3, 1, 1)
+        self.input_size = int(config["input_size"][-1])
+        self._transform = create_transform(**config, is_training=False)
+        # The square is made as large as the transform would scale it, with the rim that its centre crop will cut off added: nothing is
+        # resampled twice and no part of the object is lost.
+        self._prepared_size = math.floor(self.input_size / config["crop_pct"])
+        rim = _MARGIN * self.input_size + (self._prepared_size - self.input_size) / 2
+        self._prepared_margin = rim / self._prepared_size
         self._device = torch.device(device)
-        self._dtype = torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and self._device.type == "cuda") else torch.float32
-        self._model = model.eval().requires_grad_(False).to(self._device, self._dtype)
-        # On a CPU matrix products of different heights differ in the last bits: one image at a time keeps embeddings independent of the batch.
-        self._batch_size = 64 if self._device.type == "cuda" else 1
+        on_gpu = self._device.type == "cuda"
+        self._bfloat16 = dtype == "bfloat16" or (dtype == "auto" and on_gpu)
+        self._model = model.eval().requires_grad_(False).to(self._device)
+        if self._bfloat16:
+            # Norms and the residual stream stay in float32 under autocast; casting these weights once saves doing it for every batch.
+            for module in self._model.modules():
+                if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+                    module.to(torch.bfloat16)
+        # On a CPU, matrix products of different heights differ in the last bits: one image at a time keeps embeddings independent of the
+        # batch (and large models are no slower).
+        self._batch_size = _GPU_BATCH if on_gpu else 1
+        self._num_threads = min(8, os.cpu_count() or 1) if on_gpu else 1
 
-    def _encode(self, images: list[Image]) -> Float[np.ndarray, "images features"]:
+    def encode(self, images: Sequence[Image]) -> Float[np.ndarray, "images width"]:
         import torch
 
-        pieces = []
-        with torch.inference_mode():
+        outputs = [torch.zeros((0, self.width), device=self._device)]
+        with (
+            torch.inference_mode(),
+            torch.autocast(self._device.type, torch.bfloat16, enabled=self._bfloat16),
+            ThreadPoolExecutor(self._num_threads) as threads,
+        ):
             for start in range(0, len(images), self._batch_size):
-                batch = torch.stack([self.preprocessed(image) for image in images[start : start + self._batch_size]])
-                pieces.append(self._model(batch.to(self._device, self._dtype)).float().cpu().numpy())
-        return np.concatenate(pieces)
+                # A GPU works on the last batch while the threads prepare this one: nothing waits for its result before the end.
+                batch = torch.stack(list(threads.map(self.preprocess, images[start : start + self._batch_size])))
+                outputs.append(self._model(batch.to(self._device)).float())
+        return torch.cat(outputs).cpu().numpy()
 
-    def preprocessed(self, image: Image) -> "torch.Tensor":
-        """A square image as the model wants it: float32 [3, size, size]."""
-        import torch
+    def preprocess(self, image: Image) -> "torch.Tensor":
+        """What the model is given for an image: the object's square through timm's transform, float32 [3, input_size, input_size]."""
+        from PIL import Image as pillow
 
-        return (torch.from_numpy(image).permute(2, 0, 1).float() / 255 - self._mean) / self._std
+        return self._transform(pillow.fromarray(prepare_image(image, size=self._prepared_size, margin=self._prepared_margin)))
 
 
 def build_encoder(name: str, *, device: str = "cpu", dtype: Literal["auto", "float32", "bfloat16"] = "auto") -> ImageEncoder:
-    """The encoder of that name.
+    """The encoder of that name, ready to encode.
+
+    Args:
+        device: torch's name of a device; ``hog`` always computes on the CPU.
+        dtype: Of a timm model's matrix products; auto = bfloat16 on a GPU, float32 on a CPU.
 
     Raises:
         ValueError: no such encoder, or its weights cannot be had; says what would do.
@@ -142,7 +175,7 @@ def build_encoder(name: str, *, device: str = "cpu", dtype: Literal["auto", "flo
         return HogEncoder()
     if name.startswith("timm:"):
         return TimmEncoder(name, device=device, dtype=dtype)
-    raise ValueError(f"--encoder {name!r} is unknown{_hint(name)}: {encoder_names_help()}")
+    raise ValueError(f"encoder {name!r} is unknown{_close_to(name)}: {encoder_names_help()}")
 
 
 def encoder_names_help() -> str:
@@ -156,9 +189,30 @@ def encoder_folder(name: str) -> str:
     return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
-def _hint(name: str) -> str:
-    close = difflib.get_close_matches(name, ["hog", "timm:"], n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+def _close_to(name: str) -> str:
+    """A question after a name that nobody knows; timm is imported, for its names, only now."""
+    import timm
+
+    if close := difflib.get_close_matches(name.lower(), ["hog"], n=1):
+        return f"; did you mean {close[0]}?"
+    # People forget the prefix, or write timm/<model> as the hub does.
+    model = re.sub(r"^timm[/.\-_ ]+", "", name)
+    close = difflib.get_close_matches(model.partition("@")[0].partition(".")[0], timm.list_models(), n=3, cutoff=0.7)
+    return f"; did you mean {', '.join(f'timm:{match}' for match in close)}?" if close else ""
+
+
+def _check_timm_name(model_name: str, name: str) -> None:
+    import timm
+
+    architecture, _, tag = model_name.partition(".")
+    known = timm.list_models()
+    if architecture not in known:
+        close = difflib.get_close_matches(architecture, known, n=3)
+        hint = f": did you mean {', '.join(close)}?" if close else "; timm.list_models() lists them"
+        raise ValueError(f"encoder {name!r}: timm has no model {architecture!r}{hint}")
+    tags = sorted(full.partition(".")[2] for full in timm.list_pretrained(architecture))
+    if tag and tag not in tags:
+        raise ValueError(f"encoder {name!r}: timm has no weights {tag!r} of {architecture}: choose one of {', '.join(tags) or '(none)'}")
 
 
 def _pretrained(model_name: str, name: str) -> "torch.nn.Module":
@@ -166,47 +220,48 @@ def _pretrained(model_name: str, name: str) -> "torch.nn.Module":
 
     try:
         return timm.create_model(model_name, pretrained=True, num_classes=0)
-    except Exception as error:  # the hub client raises its own, requests' and socket errors alike; all mean the same to the user
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # the hub's, the transport's and the system's errors have no common class; all mean that the weights did not come
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(
-            f"--encoder {name}: timm cannot fetch these weights ({reason[:200]}). Without a network, download them elsewhere and give the file: "
-            f"--encoder timm:{model_name}@/path/to/model.safetensors"
+            f"encoder {name!r}: timm cannot get these weights ({reason}). Without a network, download the model's .safetensors file "
+            f"elsewhere and name it: timm:{model_name}@/path/to/model.safetensors"
         ) from error
 
 
-def _load_weights(model: "torch.nn.Module", path: Path, name: str) -> str:
-    """Load a safetensors file into a timm model; returns the file's SHA-256."""
+def _with_file(model_name: str, path: Path, name: str) -> "torch.nn.Module":
+    """The model with the weights of a safetensors file, which must have all of them and, but for a classifier, no others."""
+    import timm
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if path.suffix != ".safetensors":
         raise ValueError(
-            f"--encoder {name}: {path} is not a .safetensors file; pickled weights (.pth, .bin) are never read: convert them first"
+            f"encoder {name!r}: {path} is no .safetensors file. Pickled weights (.pth, .pt, .bin) can run code and are never read: "
+            "convert them with safetensors.torch.save_file where you trust them"
         )
+    if not path.is_file():
+        raise ValueError(f"encoder {name!r}: there is no file {path}")
     try:
         state = load_file(path)
-    except FileNotFoundError as error:
-        raise ValueError(f"--encoder {name}: there is no file {path}") from error
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"--encoder {name}: {path} is not a valid safetensors file ({error})") from error
+        raise ValueError(f"encoder {name!r}: {path} cannot be read as safetensors ({error}): fetch it again") from error
+    model = timm.create_model(model_name, pretrained=False, num_classes=0)
     own = model.state_dict()
-    # Released files carry the classifier that num_classes=0 leaves out.
-    state = {key: value for key, value in state.items() if key in own or not key.startswith(("head.", "fc.", "classifier.", "head_dist."))}
-    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    different = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
-    if missing or unknown or different:
-        problems = [
-            f"{title} {', '.join(keys[:3])}"
-            for title, keys in (("lacks", missing), ("has the unknown", unknown), ("has other shapes of", different))
-            if keys
-        ]
-        raise ValueError(f"--encoder {name}: {path} does not fit this model: it {'; it '.join(problems)}")
+    classifiers: Any = model.pretrained_cfg.get("classifier") or ()
+    prefixes = tuple(f"{layer}." for layer in ((classifiers,) if isinstance(classifiers, str) else classifiers))
+    state = {key: value for key, value in state.items() if key in own or not key.startswith(prefixes)}
+    problems = {
+        "is missing": sorted(own.keys() - state.keys()),
+        "does not belong to it": sorted(state.keys() - own.keys()),
+        "has another shape": sorted(
+            f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}" for key in own.keys() & state.keys() if own[key].shape != state[key].shape
+        ),
+    }
+    told = [f"{', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''} {what}" for what, keys in problems.items() if keys]
+    if told:
+        raise ValueError(f"encoder {name!r}: {path} does not fit {model_name}: {'; '.join(told)}. Is it the file of this model, from timm?")
     model.load_state_dict(state)
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+    return model
 
 
 def _weights_digest(model: "torch.nn.Module") -> str:
@@ -214,10 +269,10 @@ def _weights_digest(model: "torch.nn.Module") -> str:
 
     total = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
-        total.update(key.encode())
-        total.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        total.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
+        total.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
     return total.hexdigest()
 
 
-def _digest(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+def _digest(*parts: object) -> str:
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:16]
