@@ -24,7 +24,7 @@ from cad_models.common.images import prepare_image
 if TYPE_CHECKING:
     import torch
 
-Image = UInt8[np.ndarray, "height width 3"]
+Image = UInt8[np.ndarray, "_ _ 3"]  # images of one call may differ in size
 
 _MARGIN = 0.05  # empty rim around the object in what an encoder sees
 _GPU_BATCH = 64
@@ -191,10 +191,10 @@ def encoder_folder(name: str) -> str:
 
 def _close_to(name: str) -> str:
     """A question after a name that nobody knows; timm is imported, for its names, only now."""
+    if difflib.get_close_matches(name.lower(), ["hog"]):
+        return "; did you mean hog?"
     import timm
 
-    if close := difflib.get_close_matches(name.lower(), ["hog"], n=1):
-        return f"; did you mean {close[0]}?"
     # People forget the prefix, or write timm/<model> as the hub does.
     model = re.sub(r"^timm[/.\-_ ]+", "", name)
     close = difflib.get_close_matches(model.partition("@")[0].partition(".")[0], timm.list_models(), n=3, cutoff=0.7)
