@@ -1,18 +1,15 @@
 """Frozen image encoders by name: ``hog`` (no weights, for CPUs) and ``timm:<model>[@file.safetensors]``. Heavy libraries come late.
 
-Every encoder takes decoded images of any size and shows them to itself by `cad_models.common.images.prepare_image` (foreground, square crop)
-and then by its own preprocessing, so that queries and gallery views cannot be treated differently.
+Every encoder sees images through `cad_models.common.images.prepare_image` (foreground, square crop), then through its own preprocessing, so
+that queries and gallery views cannot be treated differently.
 """
 
 import difflib
 import hashlib
 import json
-import math
-import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,7 +23,6 @@ if TYPE_CHECKING:
 
 Image = UInt8[np.ndarray, "_ _ 3"]  # images of one call may differ in size
 
-_MARGIN = 0.05  # empty rim around the object in what an encoder sees
 _GPU_BATCH = 64
 
 
@@ -42,9 +38,24 @@ class ImageEncoder(ABC):
     input_size: int
     """Width and height, in pixels, of the square that the encoder sees."""
 
+    def encode(self, images: Sequence[Image]) -> Float[np.ndarray, "images features"]:
+        """Embeddings (float32, not normalised) of decoded images of any size. Do not crop them before: that is done here."""
+        return self.encode_squares([prepare_image(image, size=self.input_size) for image in images])
+
+    def encode_squares(self, squares: Sequence[Image]) -> Float[np.ndarray, "images features"]:
+        """Embeddings (float32, not normalised) of what `prepare_image` made at ``input_size``: for callers that prepare in threads of their own.
+
+        Raises:
+            ValueError: a picture is no square of ``input_size``.
+        """
+        for square in squares:
+            if square.shape != (self.input_size, self.input_size, 3):
+                raise ValueError(f"encoder {self.name} got a picture {square.shape}: prepare_image(image, size={self.input_size}) makes squares of it")
+        return self._encode(squares) if len(squares) else np.zeros((0, self.width), dtype=np.float32)
+
     @abstractmethod
-    def encode(self, images: Sequence[Image]) -> Float[np.ndarray, "images width"]:
-        """Embeddings (float32, of any length) of decoded images of any size. Do not crop them before: that is done here."""
+    def _encode(self, squares: Sequence[Image]) -> Float[np.ndarray, "images features"]:
+        """Embeddings of at least one square of ``input_size``."""
 
 
 class HogEncoder(ImageEncoder):
@@ -62,19 +73,16 @@ class HogEncoder(ImageEncoder):
         self.name = "hog"
         self.input_size = 128
         self.width = self.num_cells**2 * self.num_directions
-        self.digest = _digest("hog", self.input_size, self.num_cells, self.num_directions, _MARGIN, "signed trilinear hellinger")
+        self.digest = _digest("hog", self.input_size, self.num_cells, self.num_directions, "signed trilinear hellinger")
         # Share of each pixel row (or column) in each cell: 1 at the cell's centre, 0 at its neighbours' centres.
         position = (np.arange(self.input_size) + 0.5) / self.input_size * self.num_cells - 0.5
         self._cell_shares = np.maximum(0, 1 - np.abs(position - np.arange(self.num_cells)[:, None])).astype(np.float32)
 
-    def encode(self, images: Sequence[Image]) -> Float[np.ndarray, "images width"]:
-        rows = np.zeros((len(images), self.width), dtype=np.float32)
-        for row, image in zip(rows, images, strict=True):
-            row[:] = self.describe(prepare_image(image, size=self.input_size, margin=_MARGIN))
-        return rows
+    def _encode(self, squares: Sequence[Image]) -> Float[np.ndarray, "images features"]:
+        return np.stack([self.describe(square) for square in squares])
 
-    def describe(self, image: UInt8[np.ndarray, "size size 3"]) -> Float[np.ndarray, " width"]:
-        """The descriptor of a prepared image: cells row by row, directions counter-clockwise from +x within each; zeros for a blank image."""
+    def describe(self, image: UInt8[np.ndarray, "128 128 3"]) -> Float[np.ndarray, " features"]:
+        """The descriptor of a square: cells row by row, directions counter-clockwise from +x within each; zeros for a blank image."""
         size, num_directions = self.input_size, self.num_directions
         grey = image.astype(np.float32) @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
         down, right = np.zeros_like(grey), np.zeros_like(grey)
@@ -96,7 +104,7 @@ class HogEncoder(ImageEncoder):
 
 
 class TimmEncoder(ImageEncoder):
-    """A timm model without its classifier, frozen, behind timm's own evaluation transform for that model.
+    """A timm model without its classifier, frozen, behind timm's own normalisation for that model.
 
     Args:
         name: ``timm:<model>`` (weights from timm's hub) or ``timm:<model>@<file>.safetensors``.
@@ -109,22 +117,19 @@ class TimmEncoder(ImageEncoder):
 
     def __init__(self, name: str, *, device: str = "cpu", dtype: Literal["auto", "float32", "bfloat16"] = "auto") -> None:
         import torch
-        from timm.data import create_transform, resolve_model_data_config
+        from timm.data import resolve_model_data_config
 
         self.name = name
         model_name, _, file = name.removeprefix("timm:").partition("@")
         _check_timm_name(model_name, name)
         model = _with_file(model_name, Path(file), name) if file else _pretrained(model_name, name)
         config = resolve_model_data_config(model)
-        self.digest = _digest("timm", model_name.partition(".")[0], json.dumps(config, sort_keys=True), _MARGIN, _weights_digest(model))
+        self.digest = _digest("timm", model_name.partition(".")[0], json.dumps(config, sort_keys=True), _weights_digest(model))
         self.width = int(model.head_hidden_size)
         self.input_size = int(config["input_size"][-1])
-        self._transform = create_transform(**config, is_training=False)
-        # The square is made as large as the transform would scale it, with the rim that its centre crop will cut off added: nothing is
-        # resampled twice and no part of the object is lost.
-        self._prepared_size = math.floor(self.input_size / config["crop_pct"])
-        rim = _MARGIN * self.input_size + (self._prepared_size - self.input_size) / 2
-        self._prepared_margin = rim / self._prepared_size
+        # The rest of timm's transform for the model: the square is already scaled and framed, so its resize and centre crop (which would cut
+        # the object's ends off) fall away.
+        self._mean, self._std = (torch.tensor(config[key], device=device)[:, None, None] for key in ("mean", "std"))
         self._device = torch.device(device)
         on_gpu = self._device.type == "cuda"
         self._bfloat16 = dtype == "bfloat16" or (dtype == "auto" and on_gpu)
@@ -137,28 +142,23 @@ class TimmEncoder(ImageEncoder):
         # On a CPU, matrix products of different heights differ in the last bits: one image at a time keeps embeddings independent of the
         # batch (and large models are no slower).
         self._batch_size = _GPU_BATCH if on_gpu else 1
-        self._num_threads = min(8, os.cpu_count() or 1) if on_gpu else 1
 
-    def encode(self, images: Sequence[Image]) -> Float[np.ndarray, "images width"]:
+    def _encode(self, squares: Sequence[Image]) -> Float[np.ndarray, "images features"]:
         import torch
 
-        outputs = [torch.zeros((0, self.width), device=self._device)]
-        with (
-            torch.inference_mode(),
-            torch.autocast(self._device.type, torch.bfloat16, enabled=self._bfloat16),
-            ThreadPoolExecutor(self._num_threads) as threads,
-        ):
-            for start in range(0, len(images), self._batch_size):
-                # A GPU works on the last batch while the threads prepare this one: nothing waits for its result before the end.
-                batch = torch.stack(list(threads.map(self.preprocess, images[start : start + self._batch_size])))
-                outputs.append(self._model(batch.to(self._device)).float())
+        outputs = []
+        with torch.inference_mode(), torch.autocast(self._device.type, torch.bfloat16, enabled=self._bfloat16):
+            for start in range(0, len(squares), self._batch_size):
+                inputs = self.preprocessed(squares[start : start + self._batch_size])
+                outputs.append(self._model(inputs).float())  # read back at the end, so that a GPU need not wait between batches
         return torch.cat(outputs).cpu().numpy()
 
-    def preprocess(self, image: Image) -> "torch.Tensor":
-        """What the model is given for an image: the object's square through timm's transform, float32 [3, input_size, input_size]."""
-        from PIL import Image as pillow
+    def preprocessed(self, squares: Sequence[Image]) -> "torch.Tensor":
+        """What the model is given for squares of ``input_size``: float32 [squares, 3, input_size, input_size], on the encoder's device."""
+        import torch
 
-        return self._transform(pillow.fromarray(prepare_image(image, size=self._prepared_size, margin=self._prepared_margin)))
+        pixels = torch.from_numpy(np.stack(squares)).to(self._device)  # as bytes: a quarter of the traffic
+        return pixels.permute(0, 3, 1, 2).contiguous().float().div(255).sub(self._mean).div(self._std)
 
 
 def build_encoder(name: str, *, device: str = "cpu", dtype: Literal["auto", "float32", "bfloat16"] = "auto") -> ImageEncoder:
