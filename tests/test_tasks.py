@@ -1,0 +1,238 @@
+"""The contract that every room keeps, whatever it is about."""
+
+import dataclasses
+import inspect
+import pickle
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pyarrow as pa
+import pytest
+import torch
+
+from cad_models.checkpoint import load_member, write_member
+from cad_models.common.encoders import build_encoder
+from cad_models.common.images import decode_image
+from cad_models.config import differences, from_dict, paths, replace_all, to_dict, value_at
+from cad_models.dataset import DatasetFolder, EmbeddingsManifest, Manifest, build_table, tensor_field
+from cad_models.order import object_rng
+from cad_models.task import Learner, Reject, Row, Task
+from cad_models.tasks import TASKS
+
+NUM_OBJECTS = 6
+SEED = 3
+
+pytestmark = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+
+
+@dataclasses.dataclass
+class Prepared:
+    """What a handful of a task's own built-in objects become."""
+
+    task: Task
+    rows: list[Row]
+    columns: dict[str, np.ndarray]
+    signature: dict
+
+
+_PREPARED: dict[str, Prepared] = {}
+
+
+def small_recipe(task: Task):
+    """The smoke recipe with less of what only costs time; a room without such a path keeps its own."""
+    wanted = {"data.num_points": 128, "model.num_points": 64, "data.num_views": 3, "data.num_query_views": 2, "data.image_size": 48}
+    known = paths(task.smoke)
+    return replace_all(task.smoke, {path: value for path, value in wanted.items() if path in known})
+
+
+@pytest.fixture
+def prepared(task) -> Prepared:
+    if task.name not in _PREPARED:
+        _PREPARED[task.name] = _prepare(task)
+    return _PREPARED[task.name]
+
+
+def _prepare(task: Task) -> Prepared:
+    recipe = small_recipe(task)
+    items = task.list_raw(f"builtin:{NUM_OBJECTS}:seed={SEED}").items
+    rows = [task.prepare(item, recipe) for item in items]
+    tables = {"objects": _table(task.schemas(recipe)["objects"], [row.objects for row in rows], items)}
+    embeddings = None
+    if task.embed_columns:
+        encoder = build_encoder("hog")
+        fields, values = [], [{} for _ in rows]
+        for column in task.embed_columns:
+            fields += [tensor_field(column.name, "float16", (-1, encoder.width)), pa.field(column.count, pa.int64())]
+            for value, row in zip(values, rows, strict=True):
+                value[column.name] = np.stack([encoder.encode([decode_image(image)])[0] for image in row.views[column.source[1]]])
+                value[column.count] = len(value[column.name])
+        tables["embeddings"] = _table(pa.schema(fields), values, items)
+        embeddings = EmbeddingsManifest(encoder="hog", encoder_digest=encoder.digest, width=encoder.width, dataset_digest="d", parts=[])
+    manifest = Manifest(
+        task=task.name, settings=task.prepare_settings(recipe), settings_digest="s", parts=[], num_objects=len(rows), num_groups=len(rows),
+        num_quarantined=0, num_ignored=0, splits={"train": len(rows)},
+    )  # fmt: skip
+    signature = task.signature(recipe, {"manifest": manifest, "embeddings": embeddings})
+    return Prepared(task, rows, task.examples(tables, recipe), signature)
+
+
+def _table(schema: pa.Schema, values: list[dict], items) -> pa.Table:
+    own = [pa.field(name, pa.string()) for name in ("object_id", "group_id", "split") if name not in schema.names]
+    rows = [{"object_id": i.object_id, "group_id": i.object_id, "split": "train", **v} for i, v in zip(items, values, strict=True)]
+    return build_table(pa.schema([*own, *schema]), rows)
+
+
+def fresh_learner(prepared: Prepared, seed: int = 0) -> Learner:
+    torch.manual_seed(seed)
+    return prepared.task.learner(small_recipe(prepared.task), prepared.signature)
+
+
+def batch_of(prepared: Prepared, *, train: bool):
+    rngs = [object_rng(0, 0, key) for key in range(NUM_OBJECTS)] if train else None
+    return prepared.task.collate(prepared.columns, small_recipe(prepared.task), rngs=rngs)
+
+
+# --- the class ----------------------------------------------------------------------------------------------------------------------------
+def test_task_is_final_and_complete(task):
+    assert TASKS[task.name] is task and not inspect.isabstract(type(task)) and type(task).__subclasses__() == []
+    assert task.score.name in task.best_metrics.values() and task.score.name.split("/")[0] in task.split_names
+    assert type(task.smoke) is type(task.recipe)
+    assert pickle.loads(pickle.dumps(task)).name == task.name
+
+
+def test_recipes_survive_json_and_smoke_is_smaller(task):
+    for recipe in (task.recipe, task.smoke):
+        assert differences(from_dict(type(recipe), to_dict(recipe)), recipe) == []
+    assert task.smoke.schedule.num_epochs <= 3
+
+
+def test_every_searched_path_exists_and_takes_the_suggested_values(task):
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    seen = set()
+    for _ in range(30):
+        values = task.search_space(study.ask())
+        recipe = replace_all(task.recipe, values)  # raises for a path that is not there
+        seen |= values.keys()
+        assert all(value_at(recipe, path) == value for path, value in values.items())
+    assert len(seen) >= 3
+
+
+def test_baseline_recipes_are_other_recipes_of_the_task(task):
+    for name, recipe in task.baseline_recipes(task.recipe).items():
+        assert name and type(recipe) is type(task.recipe) and differences(task.recipe, recipe)
+
+
+# --- prepare ------------------------------------------------------------------------------------------------------------------------------
+def test_builtin_objects_prepare_to_rows_of_the_schema(task, prepared):
+    kinds = task.schemas(small_recipe(task))
+    assert all(isinstance(row, Row) and row.rejects == [] for row in prepared.rows)
+    for kind, schema in kinds.items():
+        table = build_table(schema, [getattr(row, kind) for row in prepared.rows])
+        assert table.num_rows == NUM_OBJECTS
+
+
+def test_preparing_again_gives_the_same_values(task, prepared):
+    item = task.list_raw(f"builtin:{NUM_OBJECTS}:seed={SEED}").items[1]
+    again, before = task.prepare(item, small_recipe(task)), prepared.rows[1]
+    for kind, schema in task.schemas(small_recipe(task)).items():
+        assert build_table(schema, [getattr(again, kind)]).equals(build_table(schema, [getattr(before, kind)]))
+
+
+def test_inspections_find_the_same_object_under_another_name(task):
+    recipe = small_recipe(task)
+    items = task.list_raw("builtin:3").items
+    found = [task.inspect(item, recipe) for item in (*items, dataclasses.replace(items[1], object_id="copy", source="copy"))]
+    assert task.duplicates(found) == [0, 1, 2, 1]
+    assert not any(isinstance(i, Reject) for i in found) and all(i.complexity > 0 for i in found)
+
+
+def test_prepare_settings_are_json_and_follow_the_recipe(task):
+    import json
+
+    settings = task.prepare_settings(task.recipe)
+    assert json.loads(json.dumps(settings)) == settings
+    assert settings != task.prepare_settings(task.smoke)
+
+
+# --- train --------------------------------------------------------------------------------------------------------------------------------
+def test_examples_have_one_row_an_object_and_leave_out_what_is_not_read(task, prepared):
+    assert {len(column) for column in prepared.columns.values()} == {NUM_OBJECTS}
+
+
+def test_every_parameter_gets_a_finite_gradient(task, prepared):
+    learner = fresh_learner(prepared).train()
+    optimized = set()
+    for turn, optimizer in learner.optimizers(small_recipe(task)).items():
+        learner.zero_grad(set_to_none=True)
+        scalars = learner(batch_of(prepared, train=True), turn)
+        assert all(value.dim() == 0 and torch.isfinite(value) for value in scalars.values())
+        scalars["loss"].backward()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in parameters)
+        optimized |= {id(p) for p in parameters}
+    assert optimized == {id(p) for p in learner.parameters() if p.requires_grad}
+    assert set(learner.turns) == set(learner.optimizers(small_recipe(task)))
+
+
+@pytest.mark.slow
+def test_learner_overfits_one_batch(task, prepared):
+    learner = fresh_learner(prepared)
+    learner.adapt(batch_of(prepared, train=False))
+    learner.train()
+    optimizers = learner.optimizers(small_recipe(task))
+    batch = batch_of(prepared, train=True)
+    losses = []
+    for _ in range(40):
+        for turn in learner.turns:
+            loss = learner(batch, turn)["loss"]
+            optimizers[turn].zero_grad()
+            loss.backward()
+            optimizers[turn].step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.7 * losses[0], losses
+
+
+def test_predictions_are_deterministic_and_survive_a_checkpoint(task, prepared, tmp_path):
+    learner = fresh_learner(prepared, seed=1)
+    batch = batch_of(prepared, train=False)
+    learner.adapt(batch)
+    learner.eval()
+    recipe = small_recipe(task)
+    directory = Path(tmp_path / "member")
+    write_member(directory, task=task, recipe=recipe, signature=prepared.signature, metrics={}, artifacts=learner.artifacts())
+    member = load_member(directory)
+    assert member.recipe == recipe
+    with torch.inference_mode():
+        first, second, loaded = learner.predict(batch), learner.predict(batch), member.learner.predict(batch)
+    for name in first:
+        assert len(first[name]) == NUM_OBJECTS
+        assert torch.equal(first[name], second[name]) and torch.equal(first[name], loaded[name])
+
+
+def test_evaluation_gives_the_metrics_that_the_task_names(task, prepared):
+    with torch.inference_mode():
+        predicted = {n: t.numpy() for n, t in fresh_learner(prepared).eval().predict(batch_of(prepared, train=False)).items()}
+    metrics = task.evaluate(predicted)
+    assert all(isinstance(value, float) and np.isfinite(value) for value in metrics.values())
+    assert {metric.split("/", 1)[1] for metric in task.best_metrics.values()} <= metrics.keys()
+    assert task.evaluate(task.combine([predicted])) == pytest.approx(metrics)
+    combined = task.evaluate(task.combine([predicted, predicted], weights=[1.0, 3.0]))
+    assert combined == pytest.approx(metrics)  # a member beside itself says nothing new
+    for name, reference in task.references(prepared.columns, small_recipe(task)).items():
+        assert name and {n for n in reference} <= metrics.keys()
+
+
+def test_same_seed_gives_the_same_weights(task, prepared):
+    a, b, c = fresh_learner(prepared, 5).state_dict(), fresh_learner(prepared, 5).state_dict(), fresh_learner(prepared, 6).state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert any(not torch.equal(a[name], c[name]) for name in a)
+
+
+def test_dataset_folder_of_another_task_is_known_by_its_manifest(task, prepared, tmp_path):
+    folder = DatasetFolder(str(tmp_path / "ds"))
+    manifest = Manifest(
+        task=task.name, settings={}, settings_digest="s", parts=[], num_objects=0, num_groups=0, num_quarantined=0, num_ignored=0, splits={}
+    )  # fmt: skip
+    folder.write_manifest(manifest)
+    assert folder.manifest() == manifest and folder.manifest().digest == manifest.digest
