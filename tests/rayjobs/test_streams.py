@@ -164,7 +164,7 @@ def test_parts_with_other_objects_are_refused_naming_both_files(small):
     a, b = (Path(small.folder.path(f"embeddings/hog/part-0000{i}.parquet")) for i in (0, 1))
     a.write_bytes(b.read_bytes())
     with pytest.raises(
-        DatasetError, match=r"objects/part-00000.parquet .* embeddings/hog/part-00000.parquet .* same objects in the same order"
+        DatasetError, match=r"objects/part-00000.parquet .*embeddings/hog/part-00000.parquet .* same objects in the same order"
     ):
         list(stream_of(small).parts(0, 1))
 
