@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _ENSEMBLE_PATH = "artifacts/ensemble"
 
 _REQUIREMENTS = ("mlflow", "torch", "numpy", "pandas", "pyarrow", "numba", "scipy", "manifold3d", "pillow")
-_REQUIREMENTS += ("scikit-image", "safetensors", "timm", "jaxtyping")
+_REQUIREMENTS += ("safetensors", "timm", "jaxtyping")
 
 
 @dataclass(frozen=True, kw_only=True)
