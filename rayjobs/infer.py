@@ -261,7 +261,7 @@ def _write(
     ranks = pa.Table.from_pylist([asdict(answer) for answer in answers], schema=schema)
     quarantine = [{"source": item.source, "reason": reject.reason, "detail": reject.detail} for item, reject in rejects]
     notes = [
-        f"{len(ensemble.members)} members, combined by {ensemble.rule}: {', '.join(ensemble.names)}",
+        f"{_members(ensemble)}: {', '.join(ensemble.names)}",
         *(f"{s.direction}: {len(s.queries):,} queries in a gallery of {len(s.gallery):,}" for s in requests.searches),
     ]
     if rejects:
@@ -317,8 +317,13 @@ class _Clock:
         self.workers.update(seconds)
 
 
+def _members(ensemble: "Ensemble") -> str:
+    count = len(ensemble.members)
+    return "1 member" if count == 1 else f"{count} members, combined by {ensemble.rule}"
+
+
 def _tell_start(ensemble: "Ensemble", requests: Requests) -> None:
-    print(f"{len(ensemble.members)} members, combined by {ensemble.rule}:")
+    print(f"{_members(ensemble)}:")
     for name, member, weight in zip(ensemble.names, ensemble.members, ensemble.weights, strict=True):
         print(f"  {name}  (digest {member.digest[:12]}, weight {weight:g})")
     for search in requests.searches:

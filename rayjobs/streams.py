@@ -1,14 +1,15 @@
 """The dataset folder as training and evaluation streams.
 
-Co-partitioned part files are read side by side and turned into model-ready arrays (`Task.examples`) by Ray Data tasks, anywhere in the cluster.
-What fits the cache budget is materialised once in Ray's object store and shared by all workers and trials without a copy; what does not
-streams through windows of a few parts, so that memory does not grow with the dataset. Either way the order is `cad_models.order`'s: it
+Co-partitioned part files are read side by side and turned into model-ready arrays (`Task.examples`). What fits the cache budget is read once into
+Ray's object store, for all workers and trials; what does not streams through windows of a few parts, read ahead by Ray Data tasks anywhere in
+the cluster, so that memory does not grow with the dataset. Either way the order is `cad_models.order`'s: it
 depends on seed and epoch only, and any step can be resumed.
 """
 
 import logging
 from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +26,11 @@ from cad_models.tasks import TASKS
 
 ROW_KEY = "row_key"
 """Column that numbers every object of a dataset: part * 2**20 + row."""
+
+_READ_THREADS = 8
+
+# Windows that a worker has read ahead, each by a task somewhere in the cluster.
+_READ_TASKS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,14 +128,9 @@ class SplitStream:
         row_bytes = sum(_num_bytes(column) for column in first.values()) / max(1, len(first[ROW_KEY]))
         if row_bytes * self.num_rows > budget_bytes:
             return self
-        dataset, recipe, split = self.dataset, self.recipe, self.split
-
-        def load(batch: dict[str, np.ndarray]) -> Columns:
-            return concatenated([read_examples(dataset, recipe, split, int(p)) for p in batch["part"]])
-
-        blocks = _ordered([{"part": p} for p in parts]).map_batches(load, batch_size=None, num_cpus=0.25).materialize()
-        # Only the references: the blocks stay where the tasks put them, and readers on the same node map them without a copy.
-        return replace(self, blocks=[ref for bundle in blocks.iter_internal_ref_bundles() for ref in bundle.block_refs])
+        # Threads: reading is Arrow's work, outside Python's lock. Processes would take longer to start than such a split takes to read.
+        with ThreadPoolExecutor(_READ_THREADS) as pool:
+            return replace(self, blocks=list(pool.map(lambda p: ray.put(read_examples(self.dataset, self.recipe, self.split, p)), parts)))
 
     def num_steps(self, epoch: int, batch_size: int, world_size: int) -> int:
         """Optimiser steps of an epoch; the same on every worker."""
@@ -210,7 +211,9 @@ class SplitStream:
             order = shuffled(len(columns[ROW_KEY]), window)
             return {name: column[order] for name, column in columns.items()}
 
-        pipeline = _ordered([{"window": i} for i in range(len(windows))]).map_batches(load, batch_size=1, num_cpus=0.25)
+        pipeline = _ordered([{"window": i} for i in range(len(windows))]).map_batches(
+            load, batch_size=1, num_cpus=0.25, concurrency=_READ_TASKS
+        )
         for batch in pipeline.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2):
             yield dict(batch)
 
@@ -225,8 +228,8 @@ def _ordered(items: list[dict[str, Any]]) -> "ray.data.Dataset":
 
 
 def _block(reference: Any) -> Columns:
-    block = ray.get(reference)
-    return dict(ray.data.block.BlockAccessor.for_block(block).to_batch_format("numpy"))
+    # Of its own dict, since callers take columns out; the arrays are the object store's.
+    return dict(ray.get(reference))
 
 
 def concatenated(pieces: list[Columns]) -> Columns:
