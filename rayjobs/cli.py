@@ -5,6 +5,7 @@ A job is a frozen dataclass with the fields ``task`` and ``recipe``. Its recipe'
 
 import difflib
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -76,11 +77,18 @@ def _task_of(arguments: list[str]) -> tuple[str, bool]:
     return name, smoke
 
 
+def _stop(signum: int, frame: object) -> None:
+    print("stopped; the same command goes on from what is finished", file=sys.stderr)
+    raise SystemExit(EXIT_STOPPED)
+
+
 def run_job(job_type: type[Job], main: Callable[[Job], int | None], argv: Sequence[str] | None = None) -> None:
     """Parse, run, and turn a user's mistake into one line and exit status 1 (Ctrl-C: 130).
 
     Exit status 0 is success; `EXIT_STOPPED` means stopped on request, with a checkpoint. CAD_TRACEBACK=1 shows where an error came from.
     """
+    # Until a job sets a handler of its own, there is nothing to save: it ends at once, and in order.
+    signal.signal(signal.SIGTERM, _stop)
     job = parse_job(job_type, argv)
     try:
         status = main(job)

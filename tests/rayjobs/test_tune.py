@@ -566,8 +566,10 @@ def test_tune_killed_twice_then_stopped_completes_with_the_undisturbed_table_and
         wait_for(lambda done=done: _half_done(journal) and journal.read_text().count('"complete"') >= done, process)
         process.kill()  # -9
         process.communicate()
+    before = journal.stat().st_mtime_ns
     process = tune(dataset, tmp_path, "--name", "killed", *flags)
-    wait_for(lambda: _half_done(journal), process)
+    # It writes the journal anew: then it searches, and no longer only starts.
+    wait_for(lambda: journal.stat().st_mtime_ns != before and _half_done(journal), process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=300)
     assert process.returncode in (0, 75), output  # 0: it was faster
