@@ -293,9 +293,11 @@ class Training:
             self.folder.publish(name, directory)
 
     def _save_last(self, metrics: dict[str, float] | None = None) -> None:
+        # All workers resume from one file: with the workers' mean, for some scalars (the experts' load) are each worker's own.
+        sums = self._mean_sums()
         if self.rank == 0:
             state = {
-                "loop": self.state.to_dict(),
+                "loop": {**self.state.to_dict(), "sums": sums},
                 "optimizers": {turn: optimizer.state_dict() for turn, optimizer in self.optimizers.items()},
                 "weights": {name: tensor.clone() for name, tensor in self.learner.state_dict().items()},
                 "ema": None if self.ema is None else self.ema.state_dict(),
@@ -355,10 +357,12 @@ class Training:
 
     # small things -------------------------------------------------------------------------------------------------------------------------
     def _mean_scalars(self) -> dict[str, float]:
+        return {name: value / self.state.num_summed for name, value in self._mean_sums().items()}
+
+    def _mean_sums(self) -> dict[str, float]:
+        """The running sums, averaged over the workers; every worker must ask."""
         names = sorted(self.state.sums)
-        if not names:
-            return {}
-        values = torch.tensor([float(self.state.sums[n]) / self.state.num_summed for n in names], dtype=torch.float64)
+        values = torch.tensor([float(self.state.sums[n]) for n in names], dtype=torch.float64)
         if self.cpu_group is not None:
             dist.all_reduce(values, group=self.cpu_group)
             values /= self.world_size

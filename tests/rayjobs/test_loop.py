@@ -381,6 +381,30 @@ def test_two_processes_train_what_one_trains(dataset, undisturbed, tmp_path):
     assert results[0]["test/recall@3"] == results[1]["test/recall@3"]
 
 
+def _killed_rank(rank: int, config: LoopConfig, rendezvous: str, killed_at: int) -> None:
+    step = Training._step
+
+    def killed_step(self, *arguments):
+        if self.state.global_step == killed_at:
+            raise Killed
+        return step(self, *arguments)
+
+    Training._step = killed_step  # of this process alone
+    with contextlib.suppress(Killed):
+        _train_rank(rank, config, rendezvous)
+
+
+@pytest.mark.slow
+def test_two_processes_killed_within_an_epoch_and_resumed_equal_undisturbed_ones(dataset, tmp_path):
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    mp.spawn(_train_rank, args=(config_of(dataset, whole), str(tmp_path / "0")), nprocs=2)
+    config = config_of(dataset, folder, checkpoint_every_steps=1)
+    mp.spawn(_killed_rank, args=(config, str(tmp_path / "1"), 5), nprocs=2)
+    assert not (folder / "result.json").exists() and (folder / "last").exists()
+    mp.spawn(_train_rank, args=(config, str(tmp_path / "2")), nprocs=2)
+    assert_same_run(folder, whole)
+
+
 def _gradient_rank(rank: int, world_size: int, config: LoopConfig, rendezvous: str, out: str) -> None:
     if world_size > 1:
         torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
