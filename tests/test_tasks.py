@@ -95,7 +95,9 @@ def batch_of(prepared: Prepared, *, train: bool):
 
 # --- the class ----------------------------------------------------------------------------------------------------------------------------
 def test_task_is_final_and_complete(task):
-    assert TASKS[task.name] is task and not inspect.isabstract(type(task)) and type(task).__subclasses__() == []
+    assert TASKS[task.name] is task and not inspect.isabstract(type(task))
+    # Other tests' stand-ins may derive from it; the program's classes may not.
+    assert [c for c in type(task).__subclasses__() if c.__module__.startswith(("cad_models", "rayjobs"))] == []
     assert task.score.name in task.best_metrics.values() and task.score.name.split("/")[0] in task.split_names
     assert type(task.smoke) is type(task.recipe)
     assert pickle.loads(pickle.dumps(task)).name == task.name
