@@ -339,7 +339,8 @@ class Training:
             self.ema = ExponentialMovingAverage(self.learner, self.ema.decay)
 
     def _check_recipe(self) -> None:
-        asked = {"task": self.task.name, "recipe": to_dict(self.recipe), "dataset_digest": self.config.signature.get("dataset_digest")}
+        data = {name: self.config.signature.get(name) for name in ("dataset_digest", "encoder_digest")}
+        asked = {"task": self.task.name, "recipe": to_dict(self.recipe), **data}
         if not self.folder.exists("recipe.json"):
             self.folder.write_json("recipe.json", asked)
             return
@@ -349,8 +350,7 @@ class Training:
         if before["task"] != asked["task"]:
             raise ValueError(f"{self.folder.uri} holds a run of task {before['task']}, not {asked['task']}: choose another --name")
         changes = differences(from_dict(type(self.recipe), before["recipe"]), self.recipe)
-        if before["dataset_digest"] != asked["dataset_digest"]:
-            changes.append(f"dataset digest: {before['dataset_digest']} -> {asked['dataset_digest']}")
+        changes += [f"{name.replace('_', ' ')}: {before.get(name)} -> {now}" for name, now in data.items() if before.get(name) != now]
         raise ValueError(
             f"{self.folder.uri} holds a run of another recipe ({'; '.join(changes)}): choose another --name, or delete that folder to start over"
         )

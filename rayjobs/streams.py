@@ -48,9 +48,23 @@ class Dataset:
         return self.manifest.digest if self.embeddings is None else f"{self.manifest.digest}-{self.embeddings.encoder_digest[:8]}"
 
     @property
+    def embeddings_folder(self) -> str:
+        """Where the embeddings' parts lie within the dataset."""
+        assert self.embeddings is not None
+        return f"embeddings/{encoder_folder(self.embeddings.encoder)}"
+
+    @property
     def signature_inputs(self) -> dict[str, Any]:
         """What `Task.signature` reads."""
         return {"manifest": self.manifest, "embeddings": self.embeddings}
+
+
+def _only_embeddings(folder: DatasetFolder) -> str:
+    found = folder.encoders()
+    if len(found) > 1:
+        names = ", ".join(folder.embeddings_manifest(name).encoder for name in found)
+        raise DatasetError(f"{folder.uri} has the embeddings of several encoders: choose with --data.encoder, one of {names}")
+    return found[0] if found else "hog"  # not there either: the error says how to make them
 
 
 def open_dataset(uri: str, task: Task, recipe: Recipe) -> Dataset:
@@ -65,8 +79,10 @@ def open_dataset(uri: str, task: Task, recipe: Recipe) -> Dataset:
         raise DatasetError(f"--dataset {uri} was prepared for --task {manifest.task}, not for --task {task.name}")
     embeddings = None
     if "embeddings" in task.columns(recipe):
-        encoder = recipe.data.encoder
-        embeddings = folder.embeddings_manifest(encoder_folder(encoder))
+        embeddings = folder.embeddings_manifest(
+            _only_embeddings(folder) if recipe.data.encoder == "auto" else encoder_folder(recipe.data.encoder)
+        )
+        encoder = embeddings.encoder
         if embeddings.dataset_digest != manifest.digest:
             raise DatasetError(
                 f"embeddings/{encoder_folder(encoder)} were made from dataset {embeddings.dataset_digest}, --dataset {uri} is now {manifest.digest}: "
@@ -88,7 +104,7 @@ def read_examples(dataset: Dataset, recipe: Recipe, split: str, index: int) -> C
     """The objects of one split in one part, model-ready, with their ``row_key``."""
     task = TASKS[dataset.task]
     kinds = task.columns(recipe)
-    named = {f"embeddings/{encoder_folder(recipe.data.encoder)}" if kind == "embeddings" else kind: kind for kind in kinds}
+    named = {dataset.embeddings_folder if kind == "embeddings" else kind: kind for kind in kinds}
     objects = ["split", "group_id", *kinds.get("objects", [])]
     wanted = {name: (objects if kind == "objects" else kinds[kind]) for name, kind in named.items()}
     tables = DatasetFolder(dataset.uri).read_aligned(index, wanted)

@@ -153,7 +153,7 @@ def loop_config(
         recipe=recipe,
         signature=task.signature(recipe, dataset.signature_inputs),
         **streams,
-        run_folder=Folder(f"{output}/{name or f'{task_name}-{digest(recipe, length=8)}-{dataset.digest[:8]}'}").uri,
+        run_folder=Folder(f"{output}/{name or f'{task_name}-{digest(recipe, length=8)}-{json_digest(dataset.digest, length=8)}'}").uri,
         num_threads=plan.threads_per_worker if plan else (scale.threads_per_worker or 1),
         checkpoint_every_steps=checkpoint_every_steps,
     )

@@ -35,8 +35,8 @@ class AlignmentData:
     """Views rendered from further cameras, for evaluation only."""
     image_size: int = 224
     """Width and height of rendered views, in pixels."""
-    encoder: str = "hog"
-    """Which frozen embeddings to read: the name given to embed.py."""
+    encoder: str = "auto"
+    """Which frozen embeddings to read: the name given to embed.py; auto = the only ones that the dataset has."""
     views_per_step: int = 0
     """Views of each object drawn for a training step; 0 = all."""
     augment: AugmentConfig = AugmentConfig()

@@ -148,7 +148,7 @@ class AlignmentTask(Task):
         matching = view_matching_metrics(
             columns["views"], columns["num_views"], columns["query_views"], columns["num_query_views"], columns["group"]
         )
-        return {"chance": chance_metrics(columns["group"]), f"match rendered views ({recipe.data.encoder})": matching}
+        return {"chance": chance_metrics(columns["group"]), "match rendered views": matching}
 
     def baseline_recipes(self, recipe: AlignmentRecipe) -> dict[str, Recipe]:
         return {"linear head": replace_all(recipe, {"model.num_experts": 1, "model.top_k": 0})}

@@ -1,12 +1,14 @@
 """A dataset's splits as batches: in memory, in Ray's object store and streamed; and datasets that do not fit together."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cad_models.alignment.recipe import SMOKE
+from cad_models.common.encoders import encoder_folder
 from cad_models.config import replace_all, replace_at
 from cad_models.dataset import DatasetError
 from cad_models.tasks import TASKS
@@ -136,6 +138,21 @@ def test_dataset_of_another_task_is_refused_naming_both(small):
 def test_embeddings_of_another_encoder_are_refused_naming_both(small):
     with pytest.raises(DatasetError, match=r"no finished embeddings 'timm-vit_tiny-\w+' \(it has hog\): run `python rayjobs/embed.py"):
         open_dataset(small.uri, TASK, replace_at(RECIPE, "data.encoder", "timm:vit_tiny"))
+
+
+def test_encoder_auto_takes_the_only_embeddings_and_refuses_to_choose_between_two(small):
+    assert RECIPE.data.encoder == "auto"
+    assert open_dataset(small.uri, TASK, RECIPE).embeddings.encoder == "hog"
+    other = "timm:vit_tiny"
+    kept = Path(small.folder.path("embeddings/hog"))
+    shutil.copytree(kept, kept.parent / encoder_folder(other))
+    rewrite(small, f"embeddings/{encoder_folder(other)}/manifest.json", lambda m: m.update(encoder=other))
+    with pytest.raises(DatasetError, match="several encoders: choose with --data.encoder, one of hog, timm:vit_tiny"):
+        open_dataset(small.uri, TASK, RECIPE)
+    named = open_dataset(small.uri, TASK, replace_at(RECIPE, "data.encoder", other))
+    assert named.embeddings_folder == f"embeddings/{encoder_folder(other)}"
+    shutil.rmtree(kept)
+    assert open_dataset(small.uri, TASK, RECIPE).embeddings.encoder == other
 
 
 def test_embeddings_of_an_earlier_state_are_refused_naming_both_digests(small):
