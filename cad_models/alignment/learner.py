@@ -51,8 +51,8 @@ class AlignmentLearner(nn.Module, Learner):
     def adapt(self, batch: dict[str, Tensor]) -> None:
         """Standardise the frozen embeddings, and centre the point encoder's projections.
 
-        Without it all objects start with nearly the same embedding (mean cosine 0.96 for the tiny encoder), and a contrastive loss spends its
-        first hundreds of steps on getting rid of the common part. Data-dependent initialisation as in Salimans & Kingma, arXiv:1602.07868.
+        Without it all objects start with nearly the same embedding (mean cosine 0.96 for the tiny encoder), and a contrastive loss first has
+        to get rid of the common part. Data-dependent initialisation as in Salimans & Kingma, arXiv:1602.07868.
         """
         views = batch["query_views"][batch["query_mask"]].double()
         std = views.std(dim=0)
