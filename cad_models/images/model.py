@@ -74,6 +74,54 @@ class SimpleCnn(nn.Module):
         return self.head(self.features(x).mean(dim=(2, 3)))
 
 
+class HogClassifier(nn.Module):
+    """Histograms of oriented gradients, as `cad_models.common.encoders.HogEncoder` has them, of augmented pictures, and two layers on them.
+
+    For a few hundred pictures, which teach a convolutional network little: nothing before the two layers is learned. Dalal & Triggs, CVPR 2005.
+    """
+
+    num_cells = 8
+    num_directions = 16
+    _HIDDEN = 256
+
+    def __init__(self, num_channels: int, num_classes: int, *, dropout: float):
+        super().__init__()
+        # Of normalised channels; the high-pass channel is left to the networks.
+        weights = torch.zeros(num_channels)
+        weights[:3] = torch.tensor((0.299, 0.587, 0.114)) * torch.tensor(IMAGENET_STD)
+        self.register_buffer("grey_weights", weights, persistent=False)
+        width = self.num_cells**2 * self.num_directions
+        self.body = nn.Sequential(nn.Linear(width, self._HIDDEN), nn.LayerNorm(self._HIDDEN), nn.GELU(), nn.Dropout(dropout))
+        self.head = nn.Linear(self._HIDDEN, num_classes)
+
+    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
+        """Logits."""
+        with torch.no_grad():
+            features = self.describe(torch.einsum("bchw,c->bhw", x.float(), self.grey_weights))
+        # Of length 1 each: to a mean square of 1 a feature, as layers are initialised for.
+        return self.head(self.body(features * features.shape[1] ** 0.5))
+
+    def describe(self, grey: Float[Tensor, "batch height width"]) -> Float[Tensor, "batch features"]:
+        """Unit descriptors: cells row by row, 16 signed directions counter-clockwise from +x in each, square roots; zeros for a blank picture."""
+        height, width = grey.shape[1:]
+        down, right = torch.zeros_like(grey), torch.zeros_like(grey)
+        down[:, 1:-1] = grey[:, 2:] - grey[:, :-2]
+        right[:, :, 1:-1] = grey[:, :, 2:] - grey[:, :, :-2]
+        magnitude = torch.hypot(right, down)
+        position = torch.atan2(-down, right) / (2 * torch.pi) * self.num_directions
+        # A vote is shared between neighbouring directions (and, below, cells).
+        bins = torch.arange(self.num_directions, device=grey.device)[:, None, None, None]
+        away = (position - bins).remainder(self.num_directions)
+        votes = magnitude * (1 - torch.minimum(away, self.num_directions - away)).clamp(min=0)
+        cells = torch.einsum("yh,dbhw,xw->byxd", self._shares(height, grey), votes, self._shares(width, grey)).flatten(1)
+        return (cells / cells.sum(dim=1, keepdim=True).clamp(min=1e-12)).sqrt()
+
+    def _shares(self, length: int, like: Tensor) -> Tensor:
+        """Of each row (or column) of pixels in each cell: 1 at the cell's centre, 0 at its neighbours' centres."""
+        position = (torch.arange(length, device=like.device, dtype=like.dtype) + 0.5) / length * self.num_cells - 0.5
+        return (1 - (position - torch.arange(self.num_cells, device=like.device)[:, None]).abs()).clamp(min=0)
+
+
 def build_classifier(config: ImagesModel, num_classes: int) -> nn.Module:
     """The classifier, freshly initialised (a timm model with a file: with its weights, but for a last layer of another size).
 
@@ -82,6 +130,8 @@ def build_classifier(config: ImagesModel, num_classes: int) -> nn.Module:
     """
     if config.name.startswith("timm:"):
         return _timm(config, num_classes)
+    if config.name == "hog":
+        return HogClassifier(config.num_channels, num_classes, dropout=config.dropout)
     return SimpleCnn(config.num_channels, num_classes, conv_bias=config.name == "simple_cnn", dropout=config.dropout)
 
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 from cad_models.config import OptimConfig, Recipe, ScheduleConfig, check
 
-MODEL_NAMES = ("simple_cnn", "simple_cnn_v2")
+MODEL_NAMES = ("simple_cnn", "simple_cnn_v2", "hog")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ class ImagesModel:
     """The classifier. Classes and image size follow the data."""
 
     name: str = "simple_cnn_v2"
-    """simple_cnn, simple_cnn_v2 (with the high-pass channel), or timm:<model>[@file.safetensors], as timm:resnet18."""
+    """simple_cnn, simple_cnn_v2 (with the high-pass channel), hog (for a few hundred pictures), or timm:<model>[@file.safetensors], as timm:resnet18."""
     high_pass: bool = False
     """Add the high-pass channel to another model than simple_cnn_v2, which always has it."""
     dropout: float = 0.3

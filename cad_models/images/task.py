@@ -42,7 +42,7 @@ def search_space(trial: Any) -> dict[str, Any]:
     """
     lr = trial.suggest_float("optim.lr", 3e-4, 6e-3, log=True)
     return {
-        "model.name": trial.suggest_categorical("model.name", ["simple_cnn", "simple_cnn_v2"]),
+        "model.name": trial.suggest_categorical("model.name", ["simple_cnn", "simple_cnn_v2", "hog"]),
         "data.augment.preset": trial.suggest_categorical("data.augment.preset", ["baseline", "ensemble_1", "ensemble_2"]),
         "optim.lr": lr,
         # The last layers are trained from scratch like the others.
