@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cad_models.dataset import DatasetFolder, Folder
+from cad_models.dataset import DatasetFolder, Folder, Manifest, to_numpy
 from cad_models.splits import SplitConfig
 from cad_models.task import Inspection, RawItem, Reject
 from rayjobs.folder_lock import locked
@@ -32,7 +32,7 @@ from rayjobs.preparation import (
     unpack_items,
 )
 from rayjobs.prepare import PrepareJob, assign, check_flags, sum_labels
-from tests.rayjobs.scripted_task import ScriptedTask
+from tests.rayjobs.scripted_task import PictureTask, ScriptedTask
 from tests.shared import REPOSITORY, shared_path
 
 TASK = ScriptedTask()
@@ -237,6 +237,26 @@ def test_labels_are_counted_by_split_in_made_and_in_reused_parts(source, dataset
     assert found == {name: dict(sorted(Counter(row["split"] for row in rows if row["label"] == name).items())) for name in ("a", "b")}
     reused = [finished_part(dataset, plan, KINDS, LIMITS, result.part) for plan, result in zip(plans, made, strict=True)]
     assert [result.labels for result in reused] == [result.labels for result in made]
+
+
+def test_parts_of_a_task_without_views_are_objects_alone_and_show_their_pictures(source, dataset, tmp_path):
+    from PIL import Image
+
+    from rayjobs.contact_sheet import write_contact_sheet
+
+    task = PictureTask()
+    plans, _ = planned(source, dataset)
+    made = [make_part(dataset, plan, task, RECIPE, LIMITS, lambda item: task.prepare(item, RECIPE)) for plan in plans]
+    assert not dataset.folder.exists("views") and all(set(r.part) == {"key", "num_rows", "splits", "objects"} for r in made)
+    assert [finished_part(dataset, p, ["objects"], LIMITS, None).labels for p in plans] == [r.labels for r in made]
+    manifest = Manifest(
+        task=task.name, settings={}, settings_digest="s", parts=[r.part for r in made], num_objects=10, num_groups=10, num_quarantined=0,
+        num_ignored=0, splits={},
+    )  # fmt: skip
+    sheet = Image.open(write_contact_sheet(dataset, manifest, task, tmp_path / "sheet.png"))
+    # The middle of the first cell: the gray of the first object of the first part.
+    first = int(to_numpy(dataset.read_part("objects", 0, ["points"]), "points")[0, 0, 0])
+    assert sheet.getpixel((80, 80)) == (first,) * 3
 
 
 def test_objects_without_a_label_are_not_counted():
