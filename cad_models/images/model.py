@@ -91,7 +91,10 @@ class HogClassifier(nn.Module):
         weights[:3] = torch.tensor((0.299, 0.587, 0.114)) * torch.tensor(IMAGENET_STD)
         self.register_buffer("grey_weights", weights, persistent=False)
         width = self.num_cells**2 * self.num_directions
-        self.body = nn.Sequential(nn.Linear(width, self._HIDDEN), nn.LayerNorm(self._HIDDEN), nn.GELU(), nn.Dropout(dropout))
+        # Dropped features make seeds differ, which learn from the same ones otherwise.
+        self.body = nn.Sequential(
+            nn.Dropout(dropout), nn.Linear(width, self._HIDDEN), nn.LayerNorm(self._HIDDEN), nn.GELU(), nn.Dropout(dropout)
+        )
         self.head = nn.Linear(self._HIDDEN, num_classes)
 
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:

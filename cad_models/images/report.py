@@ -110,7 +110,7 @@ def calibration_figure(probabilities: np.ndarray, label: np.ndarray) -> "Figure"
     seen = found.count > 0
     axes.plot(found.confidence[seen], found.accuracy[seen], marker="o", markersize=4, label="right answers")
     axes.set(xlabel="probability of the answer", ylabel="share", title=f"Calibration (error {found.error:.3f})", xlim=(0, 1), ylim=(0, 1.02))
-    axes.legend(fontsize=8, loc="upper left")
+    axes.legend(fontsize=8, loc="best", framealpha=0.6)
     return figure
 
 
