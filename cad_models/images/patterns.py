@@ -18,7 +18,7 @@ def class_of(index: int, seed: int) -> str:
     return CLASSES[int(_rng(index, seed).choice(len(CLASSES), p=_SHARES))]
 
 
-def generate_picture(index: int, seed: int, *, max_noise: float = 0.15) -> UInt8[np.ndarray, "height width 3"]:
+def generate_picture(index: int, seed: int, *, max_noise: float = 0.1) -> UInt8[np.ndarray, "height width 3"]:
     """Picture ``index``: 112 to 192 pixels a side, not always square. The same arguments give the same pixels.
 
     Args:
@@ -30,13 +30,13 @@ def generate_picture(index: int, seed: int, *, max_noise: float = 0.15) -> UInt8
     picture = _background(width, height, rng)
     behind = np.asarray(picture.resize((1, 1), Image.Resampling.BOX))[0, 0].astype(float)
     draw = ImageDraw.Draw(picture)
-    for _ in range(int(rng.integers(2, 7))):  # clutter: strokes of any colour
+    for _ in range(int(rng.integers(1, 5))):  # clutter: strokes of any colour
         (x0, x1), (y0, y1) = rng.uniform(0, width, 2) * _SCALE, rng.uniform(0, height, 2) * _SCALE
         draw.line((x0, y0, x1, y1), fill=tuple(int(v) for v in rng.integers(0, 256, 3)), width=int(rng.integers(1, 4) * _SCALE))
     color = rng.integers(0, 256, 3).astype(float)
-    while np.abs(color - behind).max() < 45:
+    while np.abs(color - behind).max() < 80:
         color = rng.integers(0, 256, 3).astype(float)
-    radius = rng.uniform(0.16, 0.36) * min(width, height)
+    radius = rng.uniform(0.22, 0.42) * min(width, height)
     x, y = rng.uniform(radius, width - radius), rng.uniform(radius, height - radius)
     _draw_figure(picture, name, x * _SCALE, y * _SCALE, radius * _SCALE, rng.uniform(0, 2 * math.pi), tuple(int(v) for v in color), rng)
     picture = picture.resize((width, height), Image.Resampling.BOX)
@@ -63,7 +63,7 @@ def _rng(index: int, seed: int) -> np.random.Generator:
 def _background(width: int, height: int, rng: np.random.Generator) -> Image.Image:
     """Soft blotches of two or more colours, _SCALE times as large as wanted."""
     cells = int(rng.integers(2, 6))
-    base, spread = rng.uniform(40, 215, 3), rng.uniform(5, 45)
+    base, spread = rng.uniform(40, 215, 3), rng.uniform(3, 20)
     colors = np.clip(base + rng.normal(0, spread, (cells, cells, 3)), 0, 255).astype(np.uint8)
     return Image.fromarray(colors).resize((width * _SCALE, height * _SCALE), Image.Resampling.BICUBIC)
 
