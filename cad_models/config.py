@@ -10,6 +10,7 @@ import hashlib
 import json
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +19,11 @@ def check(valid: bool, path: str, value: Any, allowed: str) -> None:
     """Raise ValueError, naming the value and its flag, unless ``valid``; NaN is never valid, as every comparison with it is false."""
     if not valid:
         raise ValueError(f"--{path.replace('_', '-')} is {value!r}: it must be {allowed}")
+
+
+def added_later(default: Any) -> Any:
+    """A field that configs written by an earlier version do not have: :func:`from_dict` gives it its default, which must mean what was done before."""
+    return dataclasses.field(default=default, metadata={"added_later": True})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +59,20 @@ class ScheduleConfig:
     """Final learning rate as a share of the peak."""
     eval_every_epochs: int = 1
     """Evaluate (and keep the best) every so many epochs; the last epoch is always evaluated."""
+    patience_evals: int = added_later(0)
+    """End the training after so many evaluations in a row without a better score; 0 = train to the last epoch."""
 
     def __post_init__(self) -> None:
         check(self.num_epochs >= 1, "schedule.num_epochs", self.num_epochs, "at least 1")
         check(self.num_warmup_epochs >= 0, "schedule.num_warmup_epochs", self.num_warmup_epochs, "at least 0")
         check(0 <= self.min_lr_ratio <= 1, "schedule.min_lr_ratio", self.min_lr_ratio, "in [0, 1]")
         check(self.eval_every_epochs >= 1, "schedule.eval_every_epochs", self.eval_every_epochs, "at least 1")
+        check(self.patience_evals >= 0, "schedule.patience_evals", self.patience_evals, "at least 0 (0 = off)")
+        if not self.num_warmup_epochs < self.num_epochs:
+            raise ValueError(
+                f"--schedule.num-warmup-epochs {self.num_warmup_epochs:g} does not fit into --schedule.num-epochs {self.num_epochs}: it must be less; "
+                "shorten the warm-up or train longer"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +99,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type, values: Any, *, where: str = "") -> Any:
-    """Rebuild ``cls`` from :func:`to_dict`'s output; every field must be there and of its type.
+    """Rebuild ``cls`` from :func:`to_dict`'s output; every field must be there (but those `added_later`) and of its type.
 
     Raises:
         ValueError: unknown or missing field, or a value of another type; the message names the path.
@@ -97,10 +111,10 @@ def from_dict(cls: type, values: Any, *, where: str = "") -> Any:
     for key in values:
         if key not in names:
             raise ValueError(f"{where}{key}: {cls.__name__} has no such field{_close(key, names)}")
-    missing = [name for name in names if name not in values]
+    missing = [f.name for f in dataclasses.fields(cls) if f.name not in values and not f.metadata.get("added_later")]
     if missing:
         raise ValueError(f"{where or cls.__name__}: missing {', '.join(missing)}")
-    return cls(**{name: _convert(hints[name], values[name], f"{where}{name}") for name in names})
+    return cls(**{name: _convert(hints[name], values[name], f"{where}{name}") for name in names if name in values})
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
@@ -174,11 +188,21 @@ def _replaced(config: Any, names: list[str], value: Any, path: str) -> Any:
     return dataclasses.replace(config, **{name: _convert(hint, value, path)})
 
 
-def replace_all(config: Any, values: dict[str, Any]) -> Any:
-    """:func:`replace_at` for every item of ``values``."""
+def replace_all(config: Any, values: Mapping[str, Any]) -> Any:
+    """A copy with other values at dotted paths, all exchanged at once: only together they need to be valid.
+
+    Raises:
+        ValueError: no such path, a value of another type, or one that does not go with the others.
+    """
+    tree = to_dict(config)
     for path, value in values.items():
-        config = replace_at(config, path, value)
-    return config
+        value_at(config, path)  # refuses a path that is not there
+        *parents, name = path.split(".")
+        inner = tree
+        for parent in parents:
+            inner = inner[parent]
+        inner[name] = value
+    return from_dict(type(config), tree)
 
 
 def paths(config: Any, prefix: str = "") -> dict[str, Any]:

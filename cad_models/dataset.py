@@ -53,6 +53,9 @@ REASONS: tuple[str, ...] = tuple(
             "no_views",
             "bad_image",
             "no_model",
+            "no_image",
+            "no_label",
+            "bad_row",
             "duplicate_id",
             "failed",
         )
@@ -456,7 +459,7 @@ class DatasetFolder:
                 f"{self.folder.path('manifest.json')} has schema version {value.get('schema_version')!r}, this program reads {SCHEMA_VERSION}: "
                 "prepare the dataset again"
             )
-        return Manifest(**{f.name: value[f.name] for f in dataclasses.fields(Manifest)})
+        return Manifest(labels=value.get("labels"), **{f.name: value[f.name] for f in dataclasses.fields(Manifest) if f.name != "labels"})
 
     def write_manifest(self, manifest: "Manifest") -> None:
         """Write the manifest; call it last."""
@@ -512,6 +515,23 @@ class Manifest:
     num_ignored: int
     splits: dict[str, int]
     """Objects in each split."""
+    labels: dict[str, dict[str, int]] | None = None
+    """Label -> split -> objects, sorted; objects without a label are not counted. None: written by a version that did not count."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The labels of all splits, sorted. Raises DatasetError when they were not counted or when there are none."""
+        if self.labels is None:
+            raise DatasetError(
+                "manifest.json counts no labels: an earlier version wrote it; run the same prepare.py command again (no finished part is made again)"
+            )
+        if not self.labels:
+            raise DatasetError("no object of the dataset has a label: prepare it from a source that names classes, as a folder per class")
+        return tuple(sorted(self.labels))
+
+    def class_counts(self, split: str) -> dict[str, int]:
+        """Objects of each class in a split, 0 included, by sorted name. Raises as :attr:`class_names`."""
+        return {name: self.labels[name].get(split, 0) for name in self.class_names}
 
     @property
     def digest(self) -> str:

@@ -12,8 +12,9 @@ How a job uses a task::
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -29,8 +30,12 @@ if TYPE_CHECKING:
 Columns = dict[str, np.ndarray]
 """Model-ready arrays of some objects: name -> array whose first axis is the object."""
 
-ADAPT_OBJECTS = 256
-"""Most training objects that `Learner.adapt` sees."""
+ADAPT_BATCH = 256
+"""Objects in a batch that `Learner.adapt` sees (fewer in the last one)."""
+
+LABEL_INDEX = "label_index"
+"""A column of ``objects/`` that no file holds: int64, the position of the object's label in `Manifest.class_names` (sorted), -1 without a label. Whoever
+names it in `Task.columns` gets it in `Task.examples`."""
 
 Predictions = dict[str, np.ndarray]
 """What a learner says of a whole split (or of a gallery): name -> array whose first axis is the object."""
@@ -182,6 +187,24 @@ class Answer:
     """Higher is better; comparable within a query."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class NamedRun:
+    """A training that people ask for by name: ``train.py --run <name>``."""
+
+    changes: Mapping[str, Any]
+    """Dotted recipe path -> value, on top of the task's recipe."""
+    seeds: tuple[int, ...] = ()
+    """One member a seed (``--seeds``); empty = one run with the recipe's own seed."""
+    note: str = ""
+    """One line for ``--list-runs``: what it is, where it was published."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferOptions:
+    """What a user may ask of a task's inference beyond the jobs' own flags: a room's subclass adds fields with defaults, each becomes a flag
+    ``--options.<field>``. Small and picklable."""
+
+
 class Predictor(ABC):
     """The members of an ensemble in one process: what a file that was read is to each of them."""
 
@@ -206,14 +229,20 @@ class Learner(ABC):
 
     turns: tuple[str, ...] = ("model",)
     """Optimisers in their order within a step; ``("discriminator", "generator")`` for an adversarial task."""
+    adapt_objects: int | None = 0
+    """Training objects that :meth:`adapt` sees: the first so many in dataset order, None = the whole train split, 0 = it is not called."""
 
     @abstractmethod
     def optimizers(self, recipe: Recipe) -> "dict[str, torch.optim.Optimizer]":
         """One optimiser per turn. Each parameter group carries its peak ``lr``; the loop scales all by the schedule."""
 
-    def adapt(self, batch: "dict[str, torch.Tensor]") -> None:  # noqa: B027  (most models need no such start)
-        """Data-dependent initialisation from the first training objects (collated as for evaluation, at most `ADAPT_OBJECTS`); called once,
-        before a fresh run, with the same batch on every worker."""
+    def adapt(self, batches: "Iterator[dict[str, torch.Tensor]]") -> None:  # noqa: B027  (most models need no such start)
+        """Data-dependent initialisation from the train split: called once, before a fresh run, on every worker with the same batches.
+
+        Args:
+            batches: Batches of `ADAPT_BATCH` objects in dataset order, collated as for evaluation; at most ``adapt_objects`` objects in all. An
+                iterator: a whole split need not fit into memory.
+        """
 
     @abstractmethod
     def forward(self, batch: "dict[str, torch.Tensor]", turn: str) -> "dict[str, torch.Tensor]":
@@ -248,6 +277,29 @@ class Task(ABC):
     search_space: Callable[[Any], dict[str, Any]]
     """``search_space(trial)`` suggests values with an ``optuna.Trial`` and returns dotted recipe path -> value."""
     split_names: tuple[str, ...] = ("train", "val", "test")
+    reference_split: str = ""
+    """Split whose predictions :meth:`evaluate` wants beside those of the split that it measures, as ``train`` for nearest neighbours; "" = none. Costs
+    a prediction of that split at every evaluation, held in memory whole."""
+    history_columns: Mapping[str, str] = MappingProxyType({})
+    """Columns of a run's ``training_history.csv`` after ``epoch``: name -> metric, as ``{"train_loss": "train/loss"}``; empty = every metric, with
+    ``_`` for ``/``."""
+    report_splits: tuple[str, ...] = ()
+    """Splits whose predictions :meth:`report` wants, as ``("val", "test")``; empty = the task has no report. Empty splits are left out, and the
+    reference split is added."""
+    runs: Mapping[str, NamedRun] = MappingProxyType({})
+    """Trainings by name, for ``train.py --run``."""
+    combine_rules: tuple[str, ...]
+    """Ensemble rules that :meth:`combine` and :meth:`rank` know, for ``--combine``; the first is the default."""
+    fitted_rules: tuple[str, ...] = ()
+    """Those among them that cannot do without what :meth:`fit_rule` found on validation predictions, as ``stacked``."""
+    infer_options: type[InferOptions] = InferOptions
+    """Flags ``--options.*`` of ``infer.py``; every field needs a default."""
+    signature_notes: tuple[str, ...] = ("dataset_digest",)
+    """Entries of :meth:`signature` that tell where a checkpoint comes from and need not agree with the data it meets."""
+    preview_source: tuple[str, str] | None = None
+    """Folder and column of encoded images (binary, or list<binary>) for ``prepare.py --preview``; None = the first of ``embed_columns``, if any."""
+    requirements: tuple[str, ...] = ()
+    """Distributions that :meth:`predictor` imports beyond numpy, torch and pillow, as ``scikit-learn``; a registered version names them."""
 
     # prepare ------------------------------------------------------------------------------------------------------------------------------
     @abstractmethod
@@ -282,7 +334,7 @@ class Task(ABC):
     # train --------------------------------------------------------------------------------------------------------------------------------
     @abstractmethod
     def columns(self, recipe: Recipe) -> dict[str, list[str]]:
-        """Folder -> columns that :meth:`examples` reads; folder ``embeddings`` means the chosen encoder's."""
+        """Folder -> columns that :meth:`examples` reads; folder ``embeddings`` means the chosen encoder's, and ``objects`` may name `LABEL_INDEX`."""
 
     @abstractmethod
     def examples(self, tables: "dict[str, pa.Table]", recipe: Recipe) -> Columns:
@@ -300,53 +352,118 @@ class Task(ABC):
     @abstractmethod
     def signature(self, recipe: Recipe, dataset: dict[str, Any]) -> dict[str, Any]:
         """What a checkpoint must agree in with the data it meets: encoder name, digest and width, point count, channels, axis
-        convention, dataset digest. ``dataset`` holds the manifests (``manifest`` and ``embeddings``)."""
+        convention, dataset digest, class names. JSON values.
+
+        Args:
+            dataset: The manifests: ``manifest`` (`Manifest`: ``class_names`` and ``class_counts("train")`` tell of labels) and ``embeddings``
+                (`EmbeddingsManifest`, None where :meth:`columns` asks for none).
+        """
 
     @abstractmethod
-    def evaluate(self, predictions: Predictions) -> dict[str, float]:
-        """Metrics of a whole split (never a mean over batches), without the split's prefix: ``image_to_mesh/recall@3``."""
+    def evaluate(self, predictions: Predictions, reference: Predictions | None = None) -> dict[str, float]:
+        """Metrics of a whole split (never a mean over batches), without the split's prefix: ``image_to_mesh/recall@3``.
 
-    def references(self, columns: Columns, recipe: Recipe) -> dict[str, dict[str, float]]:
-        """Baselines that need no training, on a whole split: name -> metrics named as :meth:`evaluate` names them."""
+        Args:
+            predictions: Of the split that is measured.
+            reference: Of ``reference_split``, by the same learner or ensemble; None for tasks that name none.
+        """
+
+    def references(self, columns: Columns, recipe: Recipe, reference: Columns | None = None) -> dict[str, dict[str, float]]:
+        """Baselines that need no training, on a whole split: name -> metrics named as :meth:`evaluate` names them.
+
+        Args:
+            columns: Of the split that is measured, as :meth:`examples` gives them.
+            reference: Of ``reference_split``; None for tasks that name none.
+        """
+        return {}
+
+    def report(
+        self, predictions: Mapping[str, Predictions], *, recipe: Recipe, signature: Mapping[str, Any], metrics: Mapping[str, float]
+    ) -> dict[str, bytes]:
+        """Pictures and pages about a run's best checkpoint: file name -> content, written to ``<run>/report/``. Name the page ``index.html``; it must
+        stand alone (no network). Deterministic.
+
+        Args:
+            predictions: By split: ``report_splits`` and ``reference_split``.
+            signature: Of the run: class names and whatever else :meth:`signature` holds.
+            metrics: Of the best checkpoint, ``<split>/<name>``, test split included.
+        """
         return {}
 
     def baseline_recipes(self, recipe: Recipe) -> dict[str, Recipe]:
         """Baselines that are trained like the recipe itself: name -> recipe."""
         return {}
 
+    def fit_rule(self, members: Sequence[Predictions], *, rule: str) -> dict[str, Any]:
+        """What an ensemble rule learns from the members' predictions of the validation split: weights, a stacking model's coefficients, a decision
+        threshold. JSON values; stored with the registered ensemble and handed to :meth:`combine` and :meth:`rank` as ``fitted``. Called for every
+        rule, for single members too; {} = nothing to fit."""
+        return {}
+
     @abstractmethod
-    def combine(self, members: Sequence[Predictions], *, rule: str = "concatenate", weights: Sequence[float] | None = None) -> Predictions:
-        """The ensemble rule: the members' predictions of the same objects -> one."""
+    def combine(
+        self,
+        members: Sequence[Predictions],
+        *,
+        rule: str | None = None,
+        weights: Sequence[float] | None = None,
+        fitted: Mapping[str, Any] | None = None,
+    ) -> Predictions:
+        """The ensemble rule: the members' predictions of the same objects -> one.
+
+        Args:
+            rule: One of ``combine_rules``; None = the first.
+            weights: One a member; None = equal.
+            fitted: What :meth:`fit_rule` said of these members and this rule; None or {} = nothing was fitted.
+        """
 
     # infer --------------------------------------------------------------------------------------------------------------------------------
     @abstractmethod
-    def list_requests(self, queries: str | Sequence[str], gallery: str | None, *, direction: str = "auto") -> Requests:
+    def list_requests(
+        self, queries: str | Sequence[str], gallery: str | None, *, direction: str = "auto", options: InferOptions | None = None
+    ) -> Requests:
         """What a folder of queries (or a list of files) asks of a folder of gallery files; cheap: reads no file contents.
+
+        Args:
+            gallery: None where the user named none; a task whose answers are labels needs none.
+            options: An instance of ``infer_options``; None = its defaults.
 
         Raises:
             ValueError: a folder is not there, or nothing in them makes a search; the message says what was found.
         """
 
     @abstractmethod
-    def predictor(self, members: "Sequence[Member]", *, device: str = "cpu") -> Predictor:
-        """The members, ready to work on inputs. Raises ValueError for a member that cannot be served here, as for want of its encoder."""
+    def predictor(self, members: "Sequence[Member]", *, device: str = "cpu", options: InferOptions | None = None) -> Predictor:
+        """The members, ready to work on inputs. Raises ValueError for a member that cannot be served here, as for want of its encoder, and for members
+        that do not go together, as classifiers of other classes."""
 
     @abstractmethod
     def read_input(self, item: Input, settings: Any) -> Columns | Reject:
-        """The arrays that a `Predictor` of these settings needs of one file, and its picture as ``thumbnail`` (a JPEG's bytes as uint8 [n]).
-        Runs in a process that may be lost."""
+        """The arrays that a `Predictor` of these settings needs of one file, and its picture as ``thumbnail`` (a JPEG's bytes as uint8 [n], empty where
+        there is none). Runs in a process that may be lost."""
 
     @abstractmethod
     def rank(
-        self, search: Search, outputs: "Mapping[int, list[np.ndarray]]", *, rule: str, weights: Sequence[float], top_k: int
+        self,
+        search: Search,
+        outputs: "Mapping[int, list[np.ndarray]]",
+        *,
+        rule: str,
+        weights: Sequence[float],
+        top_k: int,
+        fitted: Mapping[str, Any] | None = None,
+        signatures: Sequence[Mapping[str, Any]] = (),
     ) -> list[Answer]:
         """The best answers of every query, by query and rank.
 
         Args:
             outputs: `Predictor.predict` by position in `Requests.inputs`; files that were rejected are missing.
+            rule: One of ``combine_rules``.
             weights: One a member.
+            fitted: As in :meth:`combine`.
+            signatures: One a member: class names and whatever else :meth:`signature` holds.
         """
 
     @abstractmethod
-    def submission(self, answers: Sequence[Answer]) -> list[list[str]]:
+    def submission(self, answers: Sequence[Answer], *, options: InferOptions | None = None) -> list[list[str]]:
         """The answers as the rows of a CSV file, header first, in the form that the task's users expect."""

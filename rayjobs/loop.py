@@ -36,7 +36,7 @@ from cad_models.common.schedule import lr_factor
 from cad_models.config import Recipe, differences, from_dict, to_dict
 from cad_models.dataset import Folder
 from cad_models.order import MAX_SHARDS, object_rng
-from cad_models.task import ADAPT_OBJECTS, Columns, Learner, Predictions, Task
+from cad_models.task import ADAPT_BATCH, Columns, Learner, Predictions, Task
 from cad_models.tasks import TASKS
 from rayjobs.streams import ROW_KEY, SplitStream, concatenated
 from rayjobs.tracking import system_metrics
@@ -327,16 +327,16 @@ class Training:
         self.state = _State.from_dict(saved["loop"])
 
     def _adapt(self) -> None:
-        pieces: list[Columns] = []
-        for columns in self.config.train.parts(0, 1):  # every worker the same
-            pieces.append(columns)
-            if sum(len(piece[ROW_KEY]) for piece in pieces) >= ADAPT_OBJECTS:
-                break
-        columns = {name: column[:ADAPT_OBJECTS] for name, column in concatenated(pieces).items() if name != ROW_KEY}
-        batch = self.task.collate(columns, self.recipe, rngs=None)
-        self.learner.adapt({name: tensor.to(self.device) for name, tensor in batch.items()})
+        if self.learner.adapt_objects == 0:
+            return
+        self.learner.adapt(self._adapt_batches())
         if self.ema is not None:
             self.ema = ExponentialMovingAverage(self.learner, self.ema.decay)
+
+    def _adapt_batches(self) -> Iterator[dict[str, Tensor]]:
+        for columns in _regrouped(self.config.train.parts(0, 1), ADAPT_BATCH, limit=self.learner.adapt_objects):  # every worker the same
+            del columns[ROW_KEY]
+            yield {name: tensor.to(self.device) for name, tensor in self.task.collate(columns, self.recipe, rngs=None).items()}
 
     def _check_recipe(self) -> None:
         data = {name: self.config.signature.get(name) for name in ("dataset_digest", "encoder_digest")}
@@ -480,6 +480,23 @@ def predict_split(
     whole = concatenated(pieces)
     order = np.argsort(whole.pop(ROW_KEY), kind="stable")
     return {name: column[order] for name, column in whole.items()}
+
+
+def _regrouped(pieces: Iterator[Columns], size: int, *, limit: int | None) -> Iterator[Columns]:
+    """The same rows in groups of ``size`` (the last one smaller), at most ``limit`` rows in all; reads no more pieces than it needs."""
+    held: list[Columns] = []
+    left = math.inf if limit is None else limit
+    for piece in pieces:
+        held.append(piece)
+        while left > 0 and (num_rows := sum(len(p[ROW_KEY]) for p in held)) >= (wanted := min(size, left)):
+            columns = concatenated(held)
+            yield {name: column[:wanted] for name, column in columns.items()}
+            left -= wanted
+            held = [{name: column[wanted:] for name, column in columns.items()}] if num_rows > wanted else []
+        if left <= 0:
+            return
+    if held:
+        yield concatenated(held)
 
 
 def _batch_size(recipe: Recipe, train: SplitStream, world_size: int) -> int:

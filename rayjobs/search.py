@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from cad_models.config import Recipe, differences, digest, from_dict, json_digest, paths, to_dict, value_at
+from cad_models.config import Recipe, differences, digest, from_dict, json_digest, paths, replace_all, to_dict
 from cad_models.dataset import Folder
 from cad_models.task import Score, Task
 
@@ -170,23 +170,6 @@ def claim(folder: Folder, identity: dict[str, Any], recipe_type: type[Recipe]) -
     )
 
 
-def varied(base: Recipe, values: Mapping[str, Any]) -> Recipe:
-    """The base recipe with other values at dotted paths, all exchanged at once: only together they need to be valid.
-
-    Raises:
-        ValueError: no such path, a value of another type, or one that does not go with the others.
-    """
-    tree = to_dict(base)
-    for path, value in values.items():
-        value_at(base, path)  # refuses a path that is not there
-        *parents, name = path.split(".")
-        inner = tree
-        for parent in parents:
-            inner = inner[parent]
-        inner[name] = value
-    return from_dict(type(base), tree)
-
-
 # --- which recipe comes next ----------------------------------------------------------------------------------------------------------------
 def next_trial(task: Task, base: Recipe, config: SearchConfig, trials: Sequence[Trial]) -> Trial | None:
     """The trial after ``trials``: the base recipe first, then what Optuna's multivariate TPE suggests. A pure function of its arguments.
@@ -224,7 +207,7 @@ def _drawn(
         study.enqueue_trial(fixed)
     asked = study.ask()
     suggested = task.search_space(asked)
-    recipe = varied(base, suggested)
+    recipe = replace_all(base, suggested)
     before = paths(base)
     after = paths(recipe)
     return Trial(

@@ -7,9 +7,9 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from cad_models.config import Recipe, paths
+from cad_models.config import Recipe, paths, replace_all
 from cad_models.task import Score, Task
-from rayjobs.search import Trial, as_study, varied
+from rayjobs.search import Trial, as_study
 
 _PLOT_HEIGHT = 480
 
@@ -25,7 +25,7 @@ def table_rows(trials: Sequence[Trial], base: Recipe) -> list[dict[str, Any]]:
     columns = table_columns(trials, base)
     rows = []
     for trial in trials:
-        values = paths(varied(base, trial.values))
+        values = paths(replace_all(base, trial.values))
         rows.append(
             {
                 "trial": trial.number,

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 import ray.data
 
@@ -21,7 +22,7 @@ from cad_models.common.encoders import encoder_folder
 from cad_models.config import Recipe
 from cad_models.dataset import DatasetError, DatasetFolder, EmbeddingsManifest, Manifest
 from cad_models.order import StreamOrder, WholeOrder, Window, num_shards, shuffled
-from cad_models.task import Columns, Task
+from cad_models.task import LABEL_INDEX, Columns, Task
 from cad_models.tasks import TASKS
 
 ROW_KEY = "row_key"
@@ -105,12 +106,19 @@ def read_examples(dataset: Dataset, recipe: Recipe, split: str, index: int) -> C
     task = TASKS[dataset.task]
     kinds = task.columns(recipe)
     named = {dataset.embeddings_folder if kind == "embeddings" else kind: kind for kind in kinds}
-    objects = ["split", "group_id", *kinds.get("objects", [])]
+    asked = kinds.get("objects", [])
+    objects = ["split", "group_id", *(name for name in asked if name != LABEL_INDEX)]
+    if LABEL_INDEX in asked and "label" not in objects:
+        objects.append("label")
     wanted = {name: (objects if kind == "objects" else kinds[kind]) for name, kind in named.items()}
     tables = DatasetFolder(dataset.uri).read_aligned(index, wanted)
     keep = np.flatnonzero(np.array(tables["objects"].column("split").to_pylist(), dtype=object) == split)
     if len(keep) < tables["objects"].num_rows:
         tables = {name: table.take(keep) for name, table in tables.items()}
+    if LABEL_INDEX in asked:
+        number = {name: i for i, name in enumerate(dataset.manifest.class_names)}
+        indices = [number.get(label, -1) for label in tables["objects"].column("label").to_pylist()]
+        tables["objects"] = tables["objects"].append_column(LABEL_INDEX, pa.array(indices, pa.int64()))
     columns = task.examples({named[name]: table for name, table in tables.items()}, recipe)
     columns[ROW_KEY] = keep.astype(np.int64) + index * 2**20
     return columns

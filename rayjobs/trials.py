@@ -20,13 +20,13 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from cad_models.config import Recipe, from_dict, to_dict
+from cad_models.config import Recipe, from_dict, replace_all, to_dict
 from cad_models.dataset import Folder
 from cad_models.task import Score, Task
 from cad_models.tasks import TASKS
 from rayjobs.loop import LoopConfig
 from rayjobs.resources import WorkerPlan
-from rayjobs.search import Journal, SearchConfig, Trial, ended, next_trial, should_stop, varied
+from rayjobs.search import Journal, SearchConfig, Trial, ended, next_trial, should_stop
 from rayjobs.streams import SplitStream, open_dataset, read_examples
 from rayjobs.train import evaluations, fit
 
@@ -204,7 +204,7 @@ class LiveSearch:
         # Told again by the trial itself, so that the rule sees its evaluations in their order.
         self._scores[trial.number] = {}
         self._on_start(trial)
-        return {"digest": trial.digest, "recipe": to_dict(varied(self._base, trial.values))}
+        return {"digest": trial.digest, "recipe": to_dict(replace_all(self._base, trial.values))}
 
     def _next(self) -> Trial | None:
         trials, live = self.journal.trials, set(self._live.values())

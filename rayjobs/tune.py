@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from cad_models.config import Recipe, digest, json_digest, to_dict
+from cad_models.config import Recipe, digest, json_digest, replace_all, to_dict
 from cad_models.dataset import Folder
 from cad_models.task import Score
 from cad_models.tasks import TASKS
 from rayjobs.cli import EXIT_STOPPED, RecipeFlags, TrackingConfig, run_job
 from rayjobs.resources import ScaleConfig, WorkerPlan
-from rayjobs.search import SearchConfig, Trial, varied
+from rayjobs.search import SearchConfig, Trial
 
 if TYPE_CHECKING:
     from rayjobs.tracking import MetricsCourier, TrackedRun, Tracking
@@ -280,7 +280,7 @@ class TrackedTrials:
     def _run(self, trial: Trial) -> "TrackedRun":
         if trial.number not in self._runs:
             trial_folder = self._folder / f"trials/{trial.digest}"
-            recipe = varied(self._job.recipe, trial.values)
+            recipe = replace_all(self._job.recipe, trial.values)
             self._runs[trial.number] = self._tracking.start_run(
                 json_digest(["trial", self._folder.uri, trial.digest]),
                 name=f"trial-{trial.number:03d}",

@@ -180,7 +180,7 @@ def test_every_parameter_gets_a_finite_gradient(task, prepared):
 @pytest.mark.slow
 def test_learner_overfits_one_batch(task, prepared):
     learner = fresh_learner(prepared)
-    learner.adapt(batch_of(prepared, train=False))
+    learner.adapt(iter([batch_of(prepared, train=False)]))
     learner.train()
     optimizers = learner.optimizers(small_recipe(task))
     batch = batch_of(prepared, train=True)
@@ -198,7 +198,7 @@ def test_learner_overfits_one_batch(task, prepared):
 def test_predictions_are_deterministic_and_survive_a_checkpoint(task, prepared, tmp_path):
     learner = fresh_learner(prepared, seed=1)
     batch = batch_of(prepared, train=False)
-    learner.adapt(batch)
+    learner.adapt(iter([batch]))
     learner.eval()
     recipe = small_recipe(task)
     directory = Path(tmp_path / "member")

@@ -1,6 +1,6 @@
 """Point encoder, image head and loss as one module: what the training loop drives and what a checkpoint holds."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from cad_models.alignment.loss import MultiPositiveContrastiveLoss
 from cad_models.alignment.model import MixtureOfExperts, PointEncoder, parameter_groups
 from cad_models.alignment.model_config import HeadConfig, point_encoder_config
 from cad_models.alignment.recipe import AlignmentRecipe
-from cad_models.task import Learner
+from cad_models.task import ADAPT_BATCH, Learner
 
 _FILES = {"moe": "image_head", "pc_encoder": "point_encoder"}
 
@@ -22,6 +22,8 @@ class AlignmentLearner(nn.Module, Learner):
     Args:
         image_width: Width of the frozen embeddings.
     """
+
+    adapt_objects = ADAPT_BATCH
 
     def __init__(self, recipe: AlignmentRecipe, image_width: int):
         super().__init__()
@@ -48,12 +50,13 @@ class AlignmentLearner(nn.Module, Learner):
         return {"model": torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)}
 
     @torch.no_grad()
-    def adapt(self, batch: dict[str, Tensor]) -> None:
+    def adapt(self, batches: Iterator[dict[str, Tensor]]) -> None:
         """Standardise the frozen embeddings, and centre the point encoder's projections.
 
         Without it all objects start with nearly the same embedding (mean cosine 0.96 for the tiny encoder), and a contrastive loss first has
         to get rid of the common part. Data-dependent initialisation as in Salimans & Kingma, arXiv:1602.07868.
         """
+        batch = next(batches)  # the only one
         views = batch["query_views"][batch["query_mask"]].double()
         std = views.std(dim=0)
         self.image_mean.copy_(views.mean(dim=0))

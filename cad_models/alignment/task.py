@@ -12,6 +12,7 @@ from cad_models.task import (
     Answer,
     Columns,
     EmbedColumn,
+    InferOptions,
     Input,
     Inspection,
     Learner,
@@ -66,6 +67,7 @@ class AlignmentTask(Task):
         "mesh_to_image": "val/mesh_to_image/recall@3",
     }
     search_space = staticmethod(search_space)
+    combine_rules = ("concatenate", "mean")
     embed_columns = (
         EmbedColumn(source=("views", "images"), name="embeddings", count="num_views"),
         EmbedColumn(source=("views", "query_images"), name="query_embeddings", count="num_query_views"),
@@ -137,12 +139,14 @@ class AlignmentTask(Task):
             "dataset_digest": dataset["manifest"].digest,
         }
 
-    def evaluate(self, predictions: Predictions) -> dict[str, float]:
+    def evaluate(self, predictions: Predictions, reference: Predictions | None = None) -> dict[str, float]:
         from cad_models.alignment.metrics import retrieval_metrics
 
         return retrieval_metrics(predictions)
 
-    def references(self, columns: Columns, recipe: AlignmentRecipe) -> dict[str, dict[str, float]]:
+    def references(
+        self, columns: Columns, recipe: AlignmentRecipe, reference: Columns | None = None
+    ) -> dict[str, dict[str, float]]:
         from cad_models.alignment.metrics import chance_metrics, view_matching_metrics
 
         matching = view_matching_metrics(
@@ -153,20 +157,30 @@ class AlignmentTask(Task):
     def baseline_recipes(self, recipe: AlignmentRecipe) -> dict[str, Recipe]:
         return {"linear head": replace_all(recipe, {"model.num_experts": 1, "model.top_k": 0})}
 
-    def combine(self, members: Sequence[Predictions], *, rule: str = "concatenate", weights: Sequence[float] | None = None) -> Predictions:
+    def combine(
+        self,
+        members: Sequence[Predictions],
+        *,
+        rule: str | None = None,
+        weights: Sequence[float] | None = None,
+        fitted: Mapping[str, Any] | None = None,
+    ) -> Predictions:
         """See `cad_models.alignment.answers.combine_embeddings`."""
         from cad_models.alignment.answers import combine_embeddings
 
         first = members[0]
+        rule = rule or self.combine_rules[0]
         combined = {name: combine_embeddings([m[name] for m in members], rule=rule, weights=weights) for name in ("cad", "query")}
         return {**combined, "num_queries": first["num_queries"], "group": first["group"]}
 
-    def list_requests(self, queries: str | Sequence[str], gallery: str | None, *, direction: str = "auto") -> Requests:
+    def list_requests(
+        self, queries: str | Sequence[str], gallery: str | None, *, direction: str = "auto", options: InferOptions | None = None
+    ) -> Requests:
         from cad_models.alignment.answers import list_requests
 
         return list_requests(queries, gallery, direction=direction)
 
-    def predictor(self, members: "Sequence[Member]", *, device: str = "cpu") -> Predictor:
+    def predictor(self, members: "Sequence[Member]", *, device: str = "cpu", options: InferOptions | None = None) -> Predictor:
         from cad_models.alignment.answers import AlignmentPredictor
 
         return AlignmentPredictor(members, device=device)
@@ -177,13 +191,21 @@ class AlignmentTask(Task):
         return read_input(item, settings)
 
     def rank(
-        self, search: Search, outputs: Mapping[int, list[np.ndarray]], *, rule: str, weights: Sequence[float], top_k: int
+        self,
+        search: Search,
+        outputs: Mapping[int, list[np.ndarray]],
+        *,
+        rule: str,
+        weights: Sequence[float],
+        top_k: int,
+        fitted: Mapping[str, Any] | None = None,
+        signatures: Sequence[Mapping[str, Any]] = (),
     ) -> list[Answer]:
         from cad_models.alignment.answers import rank
 
         return rank(search, outputs, rule=rule, weights=weights, top_k=top_k)
 
-    def submission(self, answers: Sequence[Answer]) -> list[list[str]]:
+    def submission(self, answers: Sequence[Answer], *, options: InferOptions | None = None) -> list[list[str]]:
         from cad_models.alignment.answers import submission
 
         return submission(answers)

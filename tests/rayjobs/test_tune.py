@@ -21,7 +21,7 @@ import pytest
 
 from cad_models.alignment.recipe import RECIPE, SMOKE
 from cad_models.alignment.task import AlignmentTask
-from cad_models.config import Recipe, digest, to_dict
+from cad_models.config import Recipe, digest, replace_all, to_dict
 from cad_models.dataset import Folder
 from cad_models.task import Score
 from rayjobs import champion, search_report
@@ -38,7 +38,6 @@ from rayjobs.search import (
     next_trial,
     search_identity,
     should_stop,
-    varied,
 )
 from rayjobs.trials import LiveSearch
 from tests.synthetic import make_dataset
@@ -146,7 +145,7 @@ def sequence(count):
     trials = []
     for _ in range(count):
         trial = next_trial(AlignmentTask(), BASE, CONFIG, trials)
-        score = curve(to_dict(varied(BASE, trial.values)), [5])
+        score = curve(to_dict(replace_all(BASE, trial.values)), [5])
         trials.append(ended(trial, "complete", MAX, scores=score, seconds=0.0))
     return [trial.digest for trial in trials]
 
@@ -158,9 +157,9 @@ import math
 from dataclasses import replace
 from cad_models.alignment.recipe import RECIPE
 from cad_models.alignment.task import AlignmentTask
-from cad_models.config import to_dict
+from cad_models.config import replace_all, to_dict
 from cad_models.task import Score
-from rayjobs.search import SearchConfig, ended, next_trial, varied
+from rayjobs.search import SearchConfig, ended, next_trial
 MAX = {MAX!r}
 BASE = replace(RECIPE, schedule=replace(RECIPE.schedule, num_epochs=9))
 CONFIG = {CONFIG!r}
@@ -212,16 +211,16 @@ def test_next_trial_small_space_is_exhausted_without_repeats():
     trials = []
     while (trial := next_trial(TinySpace(), BASE, CONFIG, trials)) is not None:
         trials.append(ended(trial, "complete", MAX, scores={1: 0.5}, seconds=0.0))
-    assert sorted(varied(BASE, trial.values).model.num_experts for trial in trials) == [1, 2, 4]
+    assert sorted(replace_all(BASE, trial.values).model.num_experts for trial in trials) == [1, 2, 4]
 
 
-def test_varied_needs_values_to_fit_only_together():
+def test_replace_all_needs_values_to_fit_only_together():
     base = replace(PairedRecipe(), low=3.0, high=4.0)
-    assert varied(base, {"low": 6.0, "high": 7.0}) == PairedRecipe(low=6.0, high=7.0)
+    assert replace_all(base, {"low": 6.0, "high": 7.0}) == PairedRecipe(low=6.0, high=7.0)
     with pytest.raises(ValueError, match="low"):
-        varied(base, {"low": 6.0})
+        replace_all(base, {"low": 6.0})
     with pytest.raises(ValueError, match="lower"):
-        varied(base, {"lower": 6.0})
+        replace_all(base, {"lower": 6.0})
 
 
 def test_next_trial_one_expert_never_keeps_the_top_k_of_the_base_recipe():
@@ -229,7 +228,7 @@ def test_next_trial_one_expert_never_keeps_the_top_k_of_the_base_recipe():
     trials, singles = [], 0
     for number in range(12):
         trial = next_trial(AlignmentTask(), base, replace(CONFIG, num_startup_trials=99), trials)
-        model = varied(base, trial.values).model
+        model = replace_all(base, trial.values).model
         singles += model.num_experts == 1
         assert model.top_k == 0 or model.top_k < model.num_experts
         trials.append(ended(trial, "complete", MAX, scores={1: number / 12}, seconds=0.0))
@@ -488,7 +487,7 @@ def searched(tmp_path_factory):
 def test_table_csv_gives_back_every_recipe_and_score(searched):
     rows = list(csv.DictReader(io.StringIO(search_report.table_csv(searched, BASE).decode())))
     for trial, row in zip(searched, rows, strict=True):
-        recipe = varied(BASE, trial.values)
+        recipe = replace_all(BASE, trial.values)
         assert (int(row["trial"]), row["state"], row["recipe"]) == (trial.number, trial.state, digest(recipe))
         assert float(row["optim.lr"]) == recipe.optim.lr and int(row["model.num_experts"]) == recipe.model.num_experts
         assert (float(row["score"]) if row["score"] else None) == trial.score
