@@ -20,7 +20,8 @@ from cad_models.config import json_digest
 from cad_models.dataset import DatasetError, Folder
 from cad_models.ensemble import pack, read_ensemble, unpack
 from cad_models.task import Predictions, Score, Task
-from rayjobs.loop import LoopConfig, predict_split
+from rayjobs.loop import LoopConfig
+from rayjobs.predictions import predict_split
 from rayjobs.search import Trial
 from rayjobs.trials import trial_loop
 

@@ -10,15 +10,15 @@ A run's folder::
     progress.json      where training is, written every few seconds
     last/              the checkpoint to resume from
     best/<name>/       the best by each of the task's metrics: weights without trainer state
+    training_history.csv, training_history.png      the same as a table, and at the end as curves
+    report/            what the task has to show of the best checkpoint: pictures, pages
     result.json        written last: its existence means that the run is complete
 """
 
 import contextlib
 import json
 import math
-import queue
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,13 +35,15 @@ from cad_models.common.ema import ExponentialMovingAverage
 from cad_models.common.schedule import lr_factor
 from cad_models.config import Recipe, differences, from_dict, to_dict
 from cad_models.dataset import Folder
-from cad_models.order import MAX_SHARDS, object_rng
-from cad_models.task import ADAPT_BATCH, Columns, Learner, Predictions, Task
+from cad_models.order import object_rng
+from cad_models.task import ADAPT_BATCH, Columns, Learner, Task
 from cad_models.tasks import TASKS
-from rayjobs.streams import ROW_KEY, SplitStream, concatenated
+from rayjobs.batching import fitting_batch_size, prefetched, regrouped
+from rayjobs.history import CSV_NAME, PNG_NAME, history_csv, history_png
+from rayjobs.predictions import named_metrics, predict_split, rank, split_metrics, world_size
+from rayjobs.streams import ROW_KEY, SplitStream
 from rayjobs.tracking import system_metrics
 
-_EVAL_BATCH = 64
 _STOP_POLL_STEPS = 8
 _PROGRESS_S = 2.0
 
@@ -64,6 +66,14 @@ class LoopConfig:
     num_threads: int = 1
     checkpoint_every_steps: int = 0
     """Also save within an epoch, every so many steps; 0 = at the ends of epochs."""
+    report: bool = True
+    """Whether the task's report is made at the end."""
+
+    @property
+    def reference(self) -> SplitStream | None:
+        """The split that the task's metrics are measured against, if it has one."""
+        split = TASKS[self.task].reference_split
+        return getattr(self, split) if split else None
 
 
 def train_loop_per_worker(config: dict[str, Any]) -> None:
@@ -102,7 +112,7 @@ class Training:
         self.task: Task = TASKS[config.task]
         self.recipe = config.recipe
         self.folder = Folder(config.run_folder)
-        self.rank, self.world_size = _rank(), _world_size()
+        self.rank, self.world_size = rank(), world_size()
         if self.device.type == "cpu":
             torch.set_num_threads(config.num_threads)
         torch.manual_seed(self.recipe.seed)
@@ -113,7 +123,7 @@ class Training:
         self.ema = ExponentialMovingAverage(self.learner, decay) if decay > 0 else None
         self.autocast_dtype = _autocast_dtype(self.recipe.precision, self.device)
         self.state = _State()
-        self.batch_size = _batch_size(self.recipe, config.train, self.world_size)
+        self.batch_size = fitting_batch_size(self.recipe, config.train, self.world_size)
         # NCCL moves no CPU objects; a second, gloo group carries predictions and the stop signal.
         self.cpu_group = dist.new_group(backend="gloo") if self.world_size > 1 else None
 
@@ -126,7 +136,7 @@ class Training:
         if self.world_size > 1:
             model = nn.parallel.DistributedDataParallel(self.learner, device_ids=[self.device] if self.device.type == "cuda" else None)
         schedule = self.recipe.schedule
-        while self.state.epoch < schedule.num_epochs:
+        while self.state.epoch < schedule.num_epochs and not self._out_of_patience():
             if not self._epoch(model):
                 self._save_last()
                 self.report({"stopped": 1.0, "epoch": float(self.state.epoch)})
@@ -155,7 +165,7 @@ class Training:
         self.learner.train()
         started, first_step, shown = time.monotonic(), state.step, -math.inf
         batches = config.train.batches(state.epoch, self.batch_size, self.rank, self.world_size, first_step=state.step)
-        for batch in _prefetched(self._collated(batches)):
+        for batch in prefetched(self._collated(batches)):
             batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
             # Dropout must not depend on what was drawn before: a resumed run draws the same. Workers differ, as their objects do.
             torch.manual_seed(int(np.random.SeedSequence((recipe.seed, state.global_step, self.rank)).generate_state(1)[0]))
@@ -219,7 +229,10 @@ class Training:
         state = self.state
         with self._averaged():
             started = time.monotonic()
-            metrics = split_metrics(self.task, self.recipe, self.learner, self.config.val, self.device, "val", group=self.cpu_group)
+            config = self.config
+            metrics = split_metrics(
+                self.task, self.recipe, self.learner, config.val, self.device, "val", reference=config.reference, group=self.cpu_group
+            )
             metrics = self._shared(metrics)
             metrics |= {f"train/{name}": value for name, value in self._mean_scalars().items()}
             self._check_finite({name: value for name, value in metrics.items() if name.endswith(("loss", "grad_norm"))})
@@ -228,6 +241,7 @@ class Training:
             metrics |= system_metrics()
             state.reset_sums()
             improved = self._improved(metrics)
+            state.evals_without_better = 0 if self._score_folder in improved else state.evals_without_better + 1
             metrics |= {f"best/{self.task.best_metrics[name]}": value for name, value in state.best.items()}
             metrics = {name: float(value) for name, value in metrics.items()}
             state.history.append({"step": state.global_step, "epoch": state.epoch, "metrics": metrics})
@@ -237,7 +251,7 @@ class Training:
         # The best come before the checkpoint: killed in between, the epoch is repeated and writes the very same best again.
         self._save_last(metrics)
         if self.rank == 0:
-            self.folder.write_bytes("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in state.history).encode())
+            self._write_history()
             self._write_progress(0, state.objects_per_s)
         self.report({**metrics, "epoch": float(state.epoch)})
 
@@ -255,26 +269,60 @@ class Training:
         """Within it the learner has the averaged weights: those that are evaluated and kept."""
         return contextlib.nullcontext() if self.ema is None else self.ema.applied_to(self.learner)
 
+    @property
+    def _score_folder(self) -> str:
+        return next(name for name, metric in self.task.best_metrics.items() if metric == self.task.score.name)
+
+    def _out_of_patience(self) -> bool:
+        patience = self.recipe.schedule.patience_evals
+        return 0 < patience <= self.state.evals_without_better
+
+    def _write_history(self) -> None:
+        self.folder.write_bytes("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.state.history).encode())
+        self.folder.write_bytes(CSV_NAME, history_csv(self.task, self.state.history))
+
     def _finish(self) -> None:
-        score_folder = next(name for name, metric in self.task.best_metrics.items() if metric == self.task.score.name)
+        if self._score_folder not in self.state.best:
+            raise ValueError(f"no evaluation gave a finite {self.task.score.name}: there is no best checkpoint")
         self._barrier()
-        with self.folder.fetched(f"best/{score_folder}") as directory:
+        with self.folder.fetched(f"best/{self._score_folder}") as directory:
             best = load_member(directory, device=str(self.device))
-        test = {}
-        if self.config.test.num_rows:
-            test = split_metrics(self.task, self.recipe, best.learner, self.config.test, self.device, "test", group=self.cpu_group)
+        reported = self.task.report_splits if self.config.report else ()
+        streams = {name: getattr(self.config, name) for name in dict.fromkeys(("test", *reported)) if getattr(self.config, name).num_rows}
+        if self.config.reference is not None and streams:
+            streams[self.task.reference_split] = self.config.reference
+        predicted = {
+            name: predict_split(self.task, self.recipe, best.learner, stream, self.device, group=self.cpu_group) for name, stream in streams.items()
+        }
         if self.rank == 0:
+            reference = predicted.get(self.task.reference_split)
+            test = named_metrics(self.task, predicted["test"], "test", reference) if "test" in predicted else {}
+            metrics = {**best.metrics, **test}
+            self._write_history()  # a run that was killed just before its last line has it now
+            self.folder.write_bytes(PNG_NAME, history_png(self.task, self.state.history, title=self.folder.uri.rsplit("/", 1)[1]))
+            shown = {name: predicted[name] for name in dict.fromkeys((*reported, self.task.reference_split)) if name in predicted}
+            if reported and shown:
+                self._write_report(self.task.report(shown, recipe=self.recipe, signature=self.config.signature, metrics=metrics))
+            score, patience = self.task.score.name, self.recipe.schedule.patience_evals
             result = {
-                "score": self.state.best[score_folder],
-                "score_name": self.task.score.name,
-                "best": f"best/{score_folder}",
+                "score": self.state.best[self._score_folder],
+                "score_name": score,
+                "best": f"best/{self._score_folder}",
                 "member_digest": best.digest,
-                "metrics": {**best.metrics, **test},
+                "metrics": metrics,
                 "num_epochs": self.state.epoch,
                 "num_steps": self.state.global_step,
+                "ended": f"no better {score} in {patience} evaluations (--schedule.patience-evals {patience})"
+                if self._out_of_patience() and self.state.epoch < self.recipe.schedule.num_epochs
+                else "all epochs are done",
             }
             self.folder.write_json("result.json", result)
         self._barrier()
+
+    def _write_report(self, files: dict[str, bytes]) -> None:
+        self.folder.delete("report")  # of a finish that was killed
+        for name, data in files.items():
+            self.folder.write_bytes(f"report/{name}", data)
 
     # checkpoints --------------------------------------------------------------------------------------------------------------------------
     def _publish(self, name: str, metrics: dict[str, float], state: dict[str, Any] | None = None) -> None:
@@ -334,7 +382,7 @@ class Training:
             self.ema = ExponentialMovingAverage(self.learner, self.ema.decay)
 
     def _adapt_batches(self) -> Iterator[dict[str, Tensor]]:
-        for columns in _regrouped(self.config.train.parts(0, 1), ADAPT_BATCH, limit=self.learner.adapt_objects):  # every worker the same
+        for columns in regrouped(self.config.train.parts(0, 1), ADAPT_BATCH, limit=self.learner.adapt_objects):  # every worker the same
             del columns[ROW_KEY]
             yield {name: tensor.to(self.device) for name, tensor in self.task.collate(columns, self.recipe, rngs=None).items()}
 
@@ -345,12 +393,12 @@ class Training:
             self.folder.write_json("recipe.json", asked)
             return
         before = self.folder.read_json("recipe.json")
-        if before == asked:
-            return
         if before["task"] != asked["task"]:
             raise ValueError(f"{self.folder.uri} holds a run of task {before['task']}, not {asked['task']}: choose another --name")
         changes = differences(from_dict(type(self.recipe), before["recipe"]), self.recipe)
         changes += [f"{name.replace('_', ' ')}: {before.get(name)} -> {now}" for name, now in data.items() if before.get(name) != now]
+        if not changes:
+            return
         raise ValueError(
             f"{self.folder.uri} holds a run of another recipe ({'; '.join(changes)}): choose another --name, or delete that folder to start over"
         )
@@ -411,6 +459,8 @@ class _State:
         """Finished steps of the epoch that is under way."""
         self.global_step = 0
         self.best: dict[str, float] = {}
+        self.evals_without_better = 0
+        """Evaluations since the score was best."""
         self.history: list[dict[str, Any]] = []
         self.sums: dict[str, Any] = {}
         self.num_summed = 0
@@ -439,124 +489,9 @@ class _State:
         return state
 
 
-def split_metrics(
-    task: Task, recipe: Recipe, learner: nn.Module, stream: SplitStream, device: torch.device, split: str, *, group: Any = None
-) -> dict[str, float]:
-    """Metrics of a whole split, ``<split>/<name>``; on several workers each predicts its parts, and rank 0 gets the metrics (others an empty dict)."""
-    predictions = predict_split(task, recipe, learner, stream, device, group=group)
-    return {} if predictions is None else {f"{split}/{name}": value for name, value in task.evaluate(predictions).items()}
-
-
-def predict_split(
-    task: Task, recipe: Recipe, learner: nn.Module, stream: SplitStream, device: torch.device, *, group: Any = None
-) -> Predictions | None:
-    """Predictions of a whole split in dataset order (None on workers other than rank 0). Batches never cross parts, so the result does not
-    depend on the number of workers."""
-    if stream.num_rows == 0:
-        raise ValueError(
-            f"the {stream.split} split of --dataset {stream.dataset.uri} is empty: prepare with a larger --split.{stream.split}-fraction or more objects"
-        )
-    was_training = learner.training
-    learner.eval()
-    pieces: list[Columns] = []
-    with torch.inference_mode():
-        for columns in stream.parts(_rank(), _world_size()):
-            keys = columns.pop(ROW_KEY)
-            for start in range(0, len(keys), _EVAL_BATCH):
-                chunk = {name: column[start : start + _EVAL_BATCH] for name, column in columns.items()}
-                batch = {n: t.to(device) for n, t in task.collate(chunk, recipe, rngs=None).items()}
-                predicted = {
-                    n: t.float().cpu().numpy() if t.is_floating_point() else t.cpu().numpy() for n, t in learner.predict(batch).items()
-                }
-                pieces.append({**predicted, ROW_KEY: keys[start : start + _EVAL_BATCH]})
-    learner.train(was_training)
-    if group is not None:
-        gathered: list[Any] | None = [None] * _world_size() if _rank() == 0 else None
-        # Pickled by torch.distributed, between the processes of this one run only.
-        dist.gather_object(pieces, gathered, dst=0, group=group)
-        if gathered is None:
-            return None
-        pieces = [piece for part in gathered for piece in part]
-    whole = concatenated(pieces)
-    order = np.argsort(whole.pop(ROW_KEY), kind="stable")
-    return {name: column[order] for name, column in whole.items()}
-
-
-def _regrouped(pieces: Iterator[Columns], size: int, *, limit: int | None) -> Iterator[Columns]:
-    """The same rows in groups of ``size`` (the last one smaller), at most ``limit`` rows in all; reads no more pieces than it needs."""
-    held: list[Columns] = []
-    left = math.inf if limit is None else limit
-    for piece in pieces:
-        held.append(piece)
-        while left > 0 and (num_rows := sum(len(p[ROW_KEY]) for p in held)) >= (wanted := min(size, left)):
-            columns = concatenated(held)
-            yield {name: column[:wanted] for name, column in columns.items()}
-            left -= wanted
-            held = [{name: column[wanted:] for name, column in columns.items()}] if num_rows > wanted else []
-        if left <= 0:
-            return
-    if held:
-        yield concatenated(held)
-
-
-def _batch_size(recipe: Recipe, train: SplitStream, world_size: int) -> int:
-    """The recipe's, or for a smaller dataset the largest that it fills: a multiple of 8 where it can, so that 1, 2, 4 or 8 workers agree."""
-    if train.num_rows == 0:
-        raise ValueError(f"the train split of --dataset {train.dataset.uri} is empty")
-    if train.num_rows >= recipe.batch_size:
-        return recipe.batch_size
-    unit = MAX_SHARDS if MAX_SHARDS % world_size == 0 and train.num_rows >= MAX_SHARDS else world_size
-    return max(unit, train.num_rows // unit * unit)
-
-
 def _autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     if precision == "bfloat16":
         return torch.bfloat16
     if precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported():
         return torch.bfloat16
     return None
-
-
-def _prefetched(items: Iterator[Any], depth: int = 2) -> Iterator[Any]:
-    """The same items, made ahead in a thread, so that collating overlaps with computing."""
-    ready: queue.Queue = queue.Queue(maxsize=depth)
-    stop = threading.Event()
-
-    def put(value: tuple[str, Any]) -> bool:
-        while not stop.is_set():
-            try:
-                ready.put(value, timeout=0.2)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def fill() -> None:
-        try:
-            for item in items:
-                if not put(("item", item)):
-                    return
-            put(("end", None))
-        except Exception as error:  # handed to the consumer, which raises it
-            put(("error", error))
-
-    thread = threading.Thread(target=fill, daemon=True)
-    thread.start()
-    try:
-        while True:
-            kind, value = ready.get()
-            if kind == "error":
-                raise value
-            if kind == "end":
-                return
-            yield value
-    finally:
-        stop.set()
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1

@@ -16,7 +16,10 @@ from cad_models.alignment.recipe import SMOKE
 from cad_models.checkpoint import load_member, read_weights
 from cad_models.config import replace_all
 from cad_models.tasks import TASKS
-from rayjobs.loop import LoopConfig, Training, TrainingDiverged, _batch_size, _prefetched, _State, predict_split, split_metrics
+from rayjobs import loop
+from rayjobs.batching import fitting_batch_size, prefetched
+from rayjobs.loop import LoopConfig, Training, TrainingDiverged, _State
+from rayjobs.predictions import predict_split, split_metrics
 from rayjobs.resources import ScaleConfig
 from rayjobs.streams import SplitStream, open_dataset
 from rayjobs.train import loop_config
@@ -45,7 +48,7 @@ def dataset(tmp_path_factory):
 
 
 def config_of(dataset: str, folder: Path, recipe=RECIPE, **changes) -> LoopConfig:
-    loop = loop_config(
+    made = loop_config(
         task_name="alignment",
         recipe=recipe,
         dataset_uri=dataset,
@@ -54,7 +57,7 @@ def config_of(dataset: str, folder: Path, recipe=RECIPE, **changes) -> LoopConfi
         scale=ScaleConfig(num_workers=0),
         plan=None,
     )
-    return dataclasses.replace(loop, **changes)
+    return dataclasses.replace(made, **changes)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -123,21 +126,21 @@ def test_run_learns_to_retrieve_the_objects_it_trains_on(dataset, tmp_path):
         "optim.ema_decay": 0.8,
     }
     recipe = replace_all(RECIPE, {**changes, "schedule.num_epochs": 20, "schedule.eval_every_epochs": 20})
-    loop = config_of(dataset, tmp_path / "run", recipe)
-    Training(loop).run()
+    config = config_of(dataset, tmp_path / "run", recipe)
+    Training(config).run()
     member = load_member(tmp_path / "run/best/mean")
-    metrics = split_metrics(TASK, recipe, member.learner, loop.train, torch.device("cpu"), "train")
-    chance = 3 / loop.train.num_rows
+    metrics = split_metrics(TASK, recipe, member.learner, config.train, torch.device("cpu"), "train")
+    chance = 3 / config.train.num_rows
     assert metrics["train/recall@3"] > 2.5 * chance  # 0.49 was measured; a random order stays below 0.25
     lines = stable_lines(tmp_path / "run")
     assert [line["epoch"] for line in lines] == [20]
 
 
 def test_evaluating_a_member_twice_is_bit_equal_and_as_it_was_recorded(undisturbed, dataset):
-    loop = config_of(dataset, undisturbed)
+    config = config_of(dataset, undisturbed)
     member = load_member(undisturbed / "best/mean")
-    first = predict_split(TASK, RECIPE, member.learner, loop.val, torch.device("cpu"))
-    second = predict_split(TASK, RECIPE, member.learner, loop.val, torch.device("cpu"))
+    first = predict_split(TASK, RECIPE, member.learner, config.val, torch.device("cpu"))
+    second = predict_split(TASK, RECIPE, member.learner, config.val, torch.device("cpu"))
     assert first.keys() == second.keys() and all(np.array_equal(first[n], second[n]) for n in first)
     recorded = member.metrics
     assert {f"val/{n}": v for n, v in TASK.evaluate(first).items()} == {
@@ -146,10 +149,10 @@ def test_evaluating_a_member_twice_is_bit_equal_and_as_it_was_recorded(undisturb
 
 
 def test_predict_split_keeps_the_order_of_the_dataset_and_the_training_mode(undisturbed, dataset):
-    loop = config_of(dataset, undisturbed)
+    config = config_of(dataset, undisturbed)
     learner = load_member(undisturbed / "last").learner.train()
-    found = predict_split(TASK, RECIPE, learner, loop.val, torch.device("cpu"))
-    whole = np.concatenate([columns["group"] for columns in loop.val.parts(0, 1)])
+    found = predict_split(TASK, RECIPE, learner, config.val, torch.device("cpu"))
+    whole = np.concatenate([columns["group"] for columns in config.val.parts(0, 1)])
     np.testing.assert_array_equal(found["group"], whole)
     assert learner.training
 
@@ -280,10 +283,118 @@ def test_infinite_learning_rate_ends_with_the_flags_to_change(dataset, tmp_path)
     assert not (tmp_path / "run/result.json").exists()
 
 
-def test_warm_up_longer_than_the_run_is_refused(dataset, tmp_path):
-    recipe = replace_all(RECIPE, {"schedule.num_warmup_epochs": 9.0})
-    with pytest.raises(ValueError, match="warm-up"):
-        Training(config_of(dataset, tmp_path / "run", recipe)).run()
+# --- early stopping, history, report ------------------------------------------------------------------------------------------------------
+class WorseningTask(type(TASK)):
+    """Its score is best at the second evaluation; reports what it was given, measured against the train split."""
+
+    name = "worsening"
+    reference_split = "train"
+    report_splits = ("val", "test")
+    history_columns = {"val_recall": "val/recall@3", "beside": "val/num_beside"}
+    scores = (0.2, 0.9, 0.9, 0.3, 0.1, 0.1, 0.1, 0.1)
+
+    def evaluate(self, predictions, reference=None):
+        metrics = dict.fromkeys(super().evaluate(predictions), 0.5)
+        return {**metrics, "num_beside": float(len(reference["group"]))}
+
+    def report(self, predictions, *, recipe, signature, metrics):
+        told = {split: len(columns["group"]) for split, columns in predictions.items()}
+        return {"index.html": json.dumps({**told, "test": metrics["test/num_beside"], "width": signature["image_width"]}).encode()}
+
+
+class ScoredTraining(Training):
+    """The loop with the scores of `WorseningTask`, whatever was learned."""
+
+    def _improved(self, metrics):
+        metrics[self.task.score.name] = WorseningTask.scores[self.state.epoch - 1]
+        return super()._improved(metrics)
+
+
+@pytest.fixture
+def worsening(dataset, monkeypatch):
+    monkeypatch.setitem(TASKS, "worsening", WorseningTask())
+
+    def config(folder, patience, num_epochs=8):
+        recipe = replace_all(RECIPE, {"schedule.num_epochs": num_epochs, "schedule.patience_evals": patience})
+        return config_of(dataset, folder, recipe, task="worsening")
+
+    return config
+
+
+@pytest.mark.parametrize(
+    "patience, num_epochs, epochs, ended",
+    [(0, 4, 4, "all epochs"), (2, 8, 4, "no better val/recall@3 in 2 evaluations"), (3, 5, 5, "all epochs")],
+)
+def test_patience_ends_the_run_after_so_many_evaluations_without_a_better_score(worsening, tmp_path, patience, num_epochs, epochs, ended):
+    ScoredTraining(worsening(tmp_path / "run", patience, num_epochs)).run()
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["num_epochs"] == epochs and result["ended"].startswith(ended) and result["score"] == 0.9
+    assert len(stable_lines(tmp_path / "run")) == epochs
+
+
+@pytest.mark.parametrize("killed_in", ["_publish", "_write_history", "_finish"])
+def test_patience_counts_on_when_a_killed_run_is_resumed(worsening, tmp_path, monkeypatch, killed_in):
+    config = worsening(tmp_path / "run", 2)
+    with monkeypatch.context() as patch:
+        original = getattr(Training, killed_in)
+
+        def killed(self, *arguments, **keywords):
+            if self.state.epoch >= 3:
+                raise Killed
+            return original(self, *arguments, **keywords)
+
+        patch.setattr(Training, killed_in, killed)
+        with pytest.raises(Killed):
+            ScoredTraining(config).run()
+    ScoredTraining(config).run()
+    ScoredTraining(worsening(tmp_path / "whole", 2)).run()
+    assert stable_lines(tmp_path / "run") == stable_lines(tmp_path / "whole")
+    assert (tmp_path / "run/training_history.csv").read_bytes() == (tmp_path / "whole/training_history.csv").read_bytes()
+
+
+def test_history_and_report_have_what_the_task_names(worsening, tmp_path):
+    ScoredTraining(worsening(tmp_path / "run", 2)).run()
+    # The train split (24 objects) is predicted beside val (8) and test.
+    assert (tmp_path / "run/training_history.csv").read_text().splitlines() == [
+        "epoch,val_recall,beside", "1,0.2,24.0", "2,0.9,24.0", "3,0.9,24.0", "4,0.3,24.0"
+    ]  # fmt: skip
+    assert (tmp_path / "run/training_history.png").read_bytes()[:4] == b"\x89PNG"
+    report = json.loads((tmp_path / "run/report/index.html").read_text())
+    assert report == {"val": 8, "test": 24.0, "train": 24, "width": 48}
+
+
+def test_run_without_a_finite_score_says_so(worsening, tmp_path, monkeypatch):
+    monkeypatch.setattr(WorseningTask, "scores", (math.nan,) * 8)
+    with pytest.raises(ValueError, match="no evaluation gave a finite val/recall@3"):
+        ScoredTraining(worsening(tmp_path / "run", 1)).run()
+
+
+def test_default_history_has_every_metric(undisturbed):
+    header, *rows = (undisturbed / "training_history.csv").read_text().splitlines()
+    lines = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
+    names = header.split(",")
+    assert names[0] == "epoch" and len(rows) == 3
+    for row, line in zip(rows, lines, strict=True):
+        found = dict(zip(names, row.split(","), strict=True))
+        assert float(found["val_recall@3"]) == line["metrics"]["val/recall@3"] and int(found["epoch"]) == line["epoch"]
+        assert len(found) == 1 + len(line["metrics"])
+
+
+# --- adaptation ---------------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("objects, sizes", [(None, [10, 10, 4]), (12, [10, 2]), (10, [10]), (0, None)])
+def test_adapt_sees_as_many_training_objects_as_the_learner_asks_for(dataset, tmp_path, monkeypatch, objects, sizes):
+    training = Training(config_of(dataset, tmp_path / "run"))
+    monkeypatch.setattr(loop, "ADAPT_BATCH", 10)
+    seen = []
+    training.learner.adapt_objects = objects
+    training.learner.adapt = lambda batches: seen.append([batch["group"] for batch in batches])
+    training._adapt()
+    if sizes is None:
+        assert seen == []
+        return
+    assert [len(group) for group in seen[0]] == sizes
+    whole = np.concatenate([columns["group"] for columns in training.config.train.parts(0, 1)])
+    np.testing.assert_array_equal(torch.cat(seen[0]).numpy(), whole[: sum(sizes)])
 
 
 def test_error_while_reading_reaches_the_caller_naming_the_file(tmp_path):
@@ -314,7 +425,7 @@ def test_error_while_reading_reaches_the_caller_naming_the_file(tmp_path):
 def test_batch_of_a_small_dataset_does_not_depend_on_the_workers(num_rows, batch_size, world_size, expected):
     stream = type("Stream", (), {"num_rows": num_rows})
     recipe = dataclasses.replace(RECIPE, batch_size=batch_size)
-    assert _batch_size(recipe, stream, world_size) == expected
+    assert fitting_batch_size(recipe, stream, world_size) == expected
 
 
 def test_state_through_its_dict_adds_on_to_the_same_means():
@@ -331,13 +442,13 @@ def test_state_through_its_dict_adds_on_to_the_same_means():
 
 
 def test_prefetched_gives_the_same_items_and_the_producers_error():
-    assert list(_prefetched(iter(range(50)))) == list(range(50))
+    assert list(prefetched(iter(range(50)))) == list(range(50))
 
     def broken():
         yield 1
         raise ValueError("part 3 is broken")
 
-    items = _prefetched(broken())
+    items = prefetched(broken())
     assert next(items) == 1
     with pytest.raises(ValueError, match="part 3 is broken"):
         next(items)
@@ -351,7 +462,7 @@ def test_prefetched_left_early_lets_its_producer_go():
             made.append(i)
             yield i
 
-    with contextlib.closing(_prefetched(produce())) as items:
+    with contextlib.closing(prefetched(produce())) as items:
         next(items)
     assert len(made) < 10
 
@@ -439,6 +550,6 @@ def test_two_processes_have_the_gradients_of_one(dataset, tmp_path):
 
 
 def test_streams_of_the_config_are_the_three_splits(dataset, tmp_path):
-    loop = config_of(dataset, tmp_path / "run")
-    assert {s.split: s.num_rows for s in (loop.train, loop.val, loop.test)} == {"train": 24, "val": 8, "test": 8}
-    assert isinstance(loop.train, SplitStream)
+    config = config_of(dataset, tmp_path / "run")
+    assert {s.split: s.num_rows for s in (config.train, config.val, config.test)} == {"train": 24, "val": 8, "test": 8}
+    assert isinstance(config.train, SplitStream)

@@ -1,0 +1,85 @@
+"""Predictions and metrics of whole splits, on one worker or on all of a training's."""
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from cad_models.config import Recipe
+from cad_models.task import Columns, Predictions, Task
+from rayjobs.streams import ROW_KEY, SplitStream, concatenated
+
+_EVAL_BATCH = 64
+
+
+def split_metrics(
+    task: Task,
+    recipe: Recipe,
+    learner: nn.Module,
+    stream: SplitStream,
+    device: torch.device,
+    split: str,
+    *,
+    reference: SplitStream | None = None,
+    group: Any = None,
+) -> dict[str, float]:
+    """Metrics of a whole split, ``<split>/<name>``; on several workers each predicts its parts, and rank 0 gets the metrics (others an empty dict).
+
+    Args:
+        reference: The task's reference split, which is predicted too; None for a task without one.
+    """
+    predictions = predict_split(task, recipe, learner, stream, device, group=group)
+    beside = None if reference is None else predict_split(task, recipe, learner, reference, device, group=group)
+    return {} if predictions is None else named_metrics(task, predictions, split, beside)
+
+
+def named_metrics(task: Task, predictions: Predictions, split: str, reference: Predictions | None = None) -> dict[str, float]:
+    """`Task.evaluate` with the split's prefix."""
+    return {f"{split}/{name}": float(value) for name, value in task.evaluate(predictions, reference).items()}
+
+
+def predict_split(
+    task: Task, recipe: Recipe, learner: nn.Module, stream: SplitStream, device: torch.device, *, group: Any = None
+) -> Predictions | None:
+    """Predictions of a whole split in dataset order (None on workers other than rank 0). Batches never cross parts, so the result does not
+    depend on the number of workers."""
+    if stream.num_rows == 0:
+        raise ValueError(
+            f"the {stream.split} split of --dataset {stream.dataset.uri} is empty: prepare with a larger --split.{stream.split}-fraction or more objects"
+        )
+    was_training = learner.training
+    learner.eval()
+    pieces: list[Columns] = []
+    with torch.inference_mode():
+        for columns in stream.parts(rank(), world_size()):
+            keys = columns.pop(ROW_KEY)
+            for start in range(0, len(keys), _EVAL_BATCH):
+                chunk = {name: column[start : start + _EVAL_BATCH] for name, column in columns.items()}
+                batch = {n: t.to(device) for n, t in task.collate(chunk, recipe, rngs=None).items()}
+                predicted = {
+                    n: t.float().cpu().numpy() if t.is_floating_point() else t.cpu().numpy() for n, t in learner.predict(batch).items()
+                }
+                pieces.append({**predicted, ROW_KEY: keys[start : start + _EVAL_BATCH]})
+    learner.train(was_training)
+    if group is not None:
+        gathered: list[Any] | None = [None] * world_size() if rank() == 0 else None
+        # Pickled by torch.distributed, between the processes of this one run only.
+        dist.gather_object(pieces, gathered, dst=0, group=group)
+        if gathered is None:
+            return None
+        pieces = [piece for part in gathered for piece in part]
+    whole = concatenated(pieces)
+    order = np.argsort(whole.pop(ROW_KEY), kind="stable")
+    return {name: column[order] for name, column in whole.items()}
+
+
+def rank() -> int:
+    """This worker's number, from 0."""
+    return dist.getrank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Workers of this training."""
+    return dist.getworld_size() if dist.is_initialized() else 1
