@@ -3,9 +3,10 @@
 from typing import Any
 
 from cad_models.alignment.task import AlignmentTask
+from cad_models.histograms.task import HistogramTask
 from cad_models.task import Columns, Input, Reject, Task
 
-TASKS: dict[str, Task] = {task.name: task for task in (AlignmentTask(),)}
+TASKS: dict[str, Task] = {task.name: task for task in (AlignmentTask(), HistogramTask())}
 
 
 def read_input(task: str, item: Input, settings: Any) -> Columns | Reject:

@@ -133,7 +133,7 @@ def measure(vertices: Float[np.ndarray, "v 3"], faces: Int[np.ndarray, "f 3"], *
     depth = found["tfar"].astype(np.float64)
     # A chord ends where it leaves the sphere; what lies beyond by rounding is no hit.
     hit = (found["primID"] >= 0) & (depth <= rays.lengths)
-    distances = 2 * np.linalg.norm(_surface_points(corners), axis=1)
+    distances = 2 * np.linalg.norm(surface_points(corners), axis=1)
     return ShapeMeasure(depths=depth[hit], missed=rays.lengths[~hit].astype(np.float64), distances=distances)
 
 
@@ -147,7 +147,7 @@ def _distinct(points: np.ndarray) -> np.ndarray:
         return np.unique(points, axis=0)
 
 
-def _surface_points(corners: Float[np.ndarray, "f 3 3"], count: int = _NUM_AREA_SAMPLES) -> Float[np.ndarray, "count 3"]:
+def surface_points(corners: Float[np.ndarray, "f 3 3"], count: int = _NUM_AREA_SAMPLES) -> Float[np.ndarray, "count 3"]:
     """Points evenly spread over the area, the same for the same triangles: systematic sampling along the list of faces, and within them the
     additive recurrence R2 (Roberts 2018)."""
     areas = np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1)
