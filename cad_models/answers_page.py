@@ -6,7 +6,7 @@ Cards are built in the browser, one screen at a time, so that a thousand queries
 import base64
 import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from cad_models.task import Answer
@@ -28,6 +28,9 @@ figure div { width: 136px; height: 136px; background: #fff; border: 1px solid va
   color: #777; font-size: .8rem; }
 img { max-width: 128px; max-height: 128px; }
 figcaption { font-size: .8rem; overflow-wrap: anywhere; margin-top: .25rem; }
+.labels { flex: 1 1 16rem; min-width: 12rem; align-self: center; }
+.labels p { margin: .2rem 0 0; overflow-wrap: anywhere; }
+.labels p:first-child { font-weight: 600; font-size: 1.05rem; }
 .bar { height: 4px; border-radius: 2px; background: var(--soft); margin-top: .25rem; }
 .bar span { display: block; height: 100%; border-radius: 2px; background: var(--accent); }
 @media (max-width: 560px) { .query { border-right: 0; padding-right: 0; flex-basis: 100%; } figure, figure div { width: 104px; } figure div { height: 104px; }
@@ -65,7 +68,13 @@ function show() {
     const node = element("section", $("cards"), undefined, "card");
     const query = element("div", node, undefined, "query");
     figure(query, card.query, card.picture);
-    card.answers.forEach(([id, score, picture], i) => figure(node, id, picture, (i + 1) + ". (" + score.toFixed(3) + ")", score));
+    if (card.labels) {
+      const labels = element("div", node, undefined, "labels");
+      for (const [id, score] of card.answers) {
+        element("p", labels, id + " (" + score.toFixed(3) + ")");
+        element("span", element("div", labels, undefined, "bar")).style.width = 100 * Math.max(0, Math.min(1, score)) + "%";
+      }
+    } else card.answers.forEach(([id, score, picture], i) => figure(node, id, picture, (i + 1) + ". (" + score.toFixed(3) + ")", score));
   }
   if (!cards.length) element("p", $("cards"), "Nothing matches.");
   $("where").textContent = cards.length ? (page * pageSize + 1) + "–" + Math.min(cards.length, (page + 1) * pageSize) + " of " + cards.length : "0";
@@ -75,6 +84,7 @@ for (const name of [...new Set(data.cards.map(card => card.direction))]) {
   const option = element("option", $("direction"), name.replaceAll("_", " "));
   option.value = name;
 }
+$("direction").hidden = $("direction").length < 2;
 $("direction").onchange = $("find").oninput = () => { page = 0; show(); };
 $("back").onclick = () => { page--; show(); scrollTo(0, 0); };
 $("next").onclick = () => { page++; show(); scrollTo(0, 0); };
@@ -88,6 +98,7 @@ def answers_page(
     *,
     title: str,
     notes: Sequence[str] = (),
+    labels: Collection[str] = (),
     max_queries: int = 1_000,
 ) -> str:
     """The page as HTML; the same arguments give the same text.
@@ -95,6 +106,7 @@ def answers_page(
     Args:
         pictures: JPEG bytes by (direction, ``query`` or ``answer``, id); things without one are shown by name.
         notes: Lines below the title.
+        labels: Directions whose answers are names of classes, not files: shown as a list.
         max_queries: Queries of each direction that are shown; a note tells when there are more.
     """
     cards: dict[tuple[str, str], dict[str, Any]] = {}
@@ -123,6 +135,7 @@ def answers_page(
                 "direction": answer.direction,
                 "query": answer.query,
                 "picture": picture(answer.direction, "query", answer.query),
+                "labels": answer.direction in labels,
                 "answers": [],
             }
         cards[key]["answers"].append([answer.answer, round(answer.score, 6), picture(answer.direction, "answer", answer.answer)])

@@ -3,7 +3,7 @@
 ::
 
     <ensemble>/
-      ensemble.json            task, rule of combination, and of each member: digest, weight, and the name that it was registered under
+      ensemble.json            task, rule of combination and what was fitted for it; of each member: digest, weight, and the name that it was registered under
       members/<i>/             checkpoint folders of `cad_models.checkpoint`, without what only a resumed training reads
 
 A trained member is an ensemble of one. The folder is self-contained: with it the answers are pinned.
@@ -13,16 +13,17 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
 from cad_models.checkpoint import CheckpointError, Member, load_member, member_digest
 from cad_models.common.isolation import Isolated, Lost
 from cad_models.config import json_digest
-from cad_models.task import Answer, Input, Reject, Requests, Task
+from cad_models.task import Answer, InferOptions, Input, Reject, Requests, Task
 from cad_models.tasks import TASKS
 
 SCHEMA_VERSION = 1
@@ -46,28 +47,35 @@ class EnsembleEntry:
     task: str
     rule: str
     members: tuple[MemberEntry, ...]
+    fitted: dict[str, Any] = field(default_factory=dict)
+    """What `Task.fit_rule` found on validation predictions; empty where the rule has nothing to fit."""
 
     @property
     def digest(self) -> str:
-        """Identifies the answers: task, rule, and each member's digest and share, whatever names they carry."""
+        """Identifies the answers: task, rule, what was fitted, and each member's digest and share, whatever names they carry."""
         total = sum(member.weight for member in self.members)
         shares = [[member.digest, round(member.weight / total, 12)] for member in self.members]
-        return json_digest([self.task, self.rule, shares], length=64)
+        return json_digest([self.task, self.rule, shares, *([self.fitted] if self.fitted else [])], length=64)
 
 
 def write_ensemble(
     directory: Path,
     members: Sequence[Path],
     *,
-    rule: str = "concatenate",
+    rule: str | None = None,
     weights: Sequence[float] | None = None,
     names: Sequence[str] | None = None,
+    fitted: Mapping[str, Any] | None = None,
 ) -> EnsembleEntry:
     """Write an ensemble's folder from checkpoint folders; ``ensemble.json`` comes last.
 
+    Args:
+        rule: None = the task's first.
+        fitted: What `Task.fit_rule` said of these members and this rule.
+
     Raises:
         CheckpointError: no member, an incomplete one, or members of several tasks.
-        ValueError: weights that are not positive or not one a member.
+        ValueError: weights that are not positive or not one a member; a rule that the task does not have, or that needs to be fitted and was not.
     """
     weights = check_weights(len(members), weights)
     tasks = {}
@@ -82,15 +90,33 @@ def write_ensemble(
     if len(tasks) != 1:
         found = ", ".join(f"{name} ({folder})" for name, folder in sorted(tasks.items()))
         raise CheckpointError(f"an ensemble's members must be of one task, these are of {found or 'none: it has no members'}")
-    entry = EnsembleEntry(task=next(iter(tasks)), rule=rule, members=tuple(entries))
+    name = next(iter(tasks))
+    entry = EnsembleEntry(task=name, rule=_usable_rule(name, rule, fitted), members=tuple(entries), fitted=dict(fitted or {}))
     described = {
         "schema_version": SCHEMA_VERSION,
         "task": entry.task,
         "rule": entry.rule,
+        **({"fitted": entry.fitted} if entry.fitted else {}),
         "members": [{"digest": m.digest, "weight": m.weight, "name": m.name} for m in entry.members],
     }
     (directory / "ensemble.json").write_text(json.dumps(described, indent=1, sort_keys=True) + "\n")
     return entry
+
+
+def _usable_rule(task: str, rule: str | None, fitted: Mapping[str, Any] | None) -> str:
+    if task not in TASKS:
+        raise CheckpointError(f"the members are of the task {task!r}; known are {', '.join(sorted(TASKS))}")
+    rules, need = TASKS[task].combine_rules, TASKS[task].fitted_rules
+    rule = rule or rules[0]
+    if rule not in rules:
+        raise ValueError(f"--combine {rule!r} is no ensemble rule of --task {task}: it has {', '.join(rules)}")
+    if rule in need and not fitted:
+        raise ValueError(
+            f"--combine {rule} needs what was fitted on validation predictions, and these models come without it: name an ensemble that was registered "
+            f"with this rule (tune.py --combine {rule}, or train.py --seeds ... --combine {rule} --register), or choose one of "
+            f"{', '.join(r for r in rules if r not in need)}"
+        )
+    return rule
 
 
 def _not_of_a_member(folder: str, names: list[str]) -> list[str]:
@@ -128,7 +154,12 @@ def read_ensemble(directory: Path) -> EnsembleEntry:
     path = directory / "ensemble.json"
     try:
         value = json.loads(path.read_text())
-        entry = EnsembleEntry(task=value["task"], rule=value["rule"], members=tuple(MemberEntry(**member) for member in value["members"]))
+        entry = EnsembleEntry(
+            task=value["task"],
+            rule=value["rule"],
+            members=tuple(MemberEntry(**member) for member in value["members"]),
+            fitted=dict(value.get("fitted", {})),
+        )
         version = value["schema_version"]
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing: not an ensemble's folder, or not a complete one") from error
@@ -167,6 +198,7 @@ class Ensemble:
     members: tuple[Member, ...]
     weights: tuple[float, ...]
     names: tuple[str, ...]
+    fitted: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load_ensemble(directory: Path, *, device: str = "cpu") -> Ensemble:
@@ -185,6 +217,7 @@ def load_ensemble(directory: Path, *, device: str = "cpu") -> Ensemble:
         members=tuple(members),
         weights=tuple(m.weight for m in entry.members),
         names=tuple(m.name or f"member {m.digest[:12]}" for m in entry.members),
+        fitted=entry.fitted,
     )
 
 
@@ -206,11 +239,20 @@ class InputProcessor:
     Args:
         timeout_s: For reading one file.
         memory_limit_bytes: That reading one file may take.
+        options: Of the task's ``infer_options``; None = its defaults.
     """
 
-    def __init__(self, ensemble: Ensemble, *, device: str = "cpu", timeout_s: float = 120.0, memory_limit_bytes: int = 4 << 30) -> None:
+    def __init__(
+        self,
+        ensemble: Ensemble,
+        *,
+        device: str = "cpu",
+        timeout_s: float = 120.0,
+        memory_limit_bytes: int = 4 << 30,
+        options: InferOptions | None = None,
+    ) -> None:
         self._task = ensemble.task.name
-        self._predictor = ensemble.task.predictor(ensemble.members, device=device)
+        self._predictor = ensemble.task.predictor(ensemble.members, device=device, options=options)
         self._reader = Isolated("cad_models.tasks:read_input", timeout_s=timeout_s, memory_limit_bytes=memory_limit_bytes)
         self._read_seconds = 0.0
         # A photograph may take a hundred megabytes once it is decoded: where batches bring nothing, one at a time.
@@ -271,5 +313,13 @@ def ranked(ensemble: Ensemble, requests: Requests, outputs: Mapping[int, list[np
     """The answers to all searches from the members' outputs."""
     found: list[Answer] = []
     for search in requests.searches:
-        found += ensemble.task.rank(search, outputs, rule=ensemble.rule, weights=ensemble.weights, top_k=top_k)
+        found += ensemble.task.rank(
+            search,
+            outputs,
+            rule=ensemble.rule,
+            weights=ensemble.weights,
+            top_k=top_k,
+            fitted=ensemble.fitted,
+            signatures=[member.signature for member in ensemble.members],
+        )
     return found

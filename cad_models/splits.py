@@ -24,12 +24,12 @@ _STRICTNESS = {UNUSED: 0, "train": 1, "val": 2, "test": 3}
 class SplitConfig:
     """How objects are divided into train, val and test; exact duplicates always stay together."""
 
-    kind: Literal["random", "stratified", "kfold", "csv"] = "stratified"
-    """random; stratified by complexity (vertices x faces, quantile bins); kfold; csv = given by --split.csv."""
+    kind: Literal["random", "stratified", "label", "kfold", "csv"] = "stratified"
+    """random; stratified by complexity (of a mesh vertices x faces; quantile bins); label = stratified by class; kfold; csv = given by --split.csv."""
     val_fraction: float = 0.1
-    """Share of the groups in val (random, stratified)."""
+    """Share of the groups in val (random, stratified, label)."""
     test_fraction: float = 0.1
-    """Share of the groups in test (random, stratified, kfold); kfold divides the rest."""
+    """Share of the groups in test (random, stratified, label, kfold); kfold divides the rest."""
     num_bins: int = 20
     """Quantile bins of log complexity (stratified)."""
     num_folds: int = 5
@@ -59,12 +59,13 @@ class SplitConfig:
             raise ValueError(f"--split.num-bins {self.num_bins} must be at least 1")
 
 
-def draw_splits(config: SplitConfig, group: Sequence[int], complexity: Sequence[float]) -> list[str]:
-    """Splits of a random, stratified or kfold division.
+def draw_splits(config: SplitConfig, group: Sequence[int], complexity: Sequence[float], label: Sequence[str] = ()) -> list[str]:
+    """Splits of a random, stratified, label or kfold division.
 
     Args:
         group: Group number of each object.
         complexity: Positive number of each object; read by stratified, which takes a group's first member.
+        label: Class of each object; read by label, which takes a group's first member.
 
     Returns:
         ``train``, ``val`` or ``test`` for each object.
@@ -80,6 +81,8 @@ def draw_splits(config: SplitConfig, group: Sequence[int], complexity: Sequence[
         num_bins = max(1, min(config.num_bins, len(groups) // 10))
         rank = np.argsort(np.argsort(np.log(np.asarray(complexity, dtype=np.float64)[first]), kind="stable"), kind="stable")
         strata = rank * num_bins // max(1, len(groups))
+    elif config.kind == "label":
+        strata = np.unique(np.asarray(label)[first], return_inverse=True)[1] if len(first) else np.zeros(0, dtype=np.int64)
     else:
         strata = np.zeros(len(groups), dtype=np.int64)
     names = np.full(len(groups), "train", dtype=object)

@@ -1,13 +1,13 @@
-"""From the best trials of a search to the registry: members, the ensemble chosen among them, and the question who is champion.
+"""From trained members (a search's best trials, an ensemble's seeds) to the registry: members, the ensemble chosen among them, and the question who is champion.
 
 Choices are made on the validation split; the test split is only told. Everything here may be done twice: predictions are made once and their
-figures kept in the search's folder, versions are found again by their content, and the alias moves only for something strictly better.
+figures kept in their folder, versions are found again by their content, and the alias moves only for something strictly better.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +20,14 @@ from cad_models.config import json_digest
 from cad_models.dataset import DatasetError, Folder
 from cad_models.ensemble import pack, read_ensemble, unpack
 from cad_models.task import Predictions, Score, Task
+from cad_models.tasks import TASKS
 from rayjobs.loop import LoopConfig
-from rayjobs.predictions import predict_split
-from rayjobs.search import Trial
+from rayjobs.predictions import named_metrics, predict_split
 from rayjobs.trials import trial_loop
 
 if TYPE_CHECKING:
     from rayjobs.registry import Registry, Version
+    from rayjobs.tracking import Tracking
 
 SPLITS = ("val", "test")
 _ALIAS = "champion"
@@ -44,18 +45,19 @@ class Measuring:
     base: LoopConfig
     """Of the search's base recipe, with its streams."""
     num_tasks: int
+    """Ray tasks at once; 0 = in this process, without Ray."""
     cpus_per_task: float
     use_gpu: bool
     cache_bytes: int
 
-    @property
-    def splits(self) -> list[str]:
-        """Those that hold objects."""
-        return [split for split in SPLITS if getattr(self.base, split).num_rows]
+    def splits(self, *wanted: str) -> list[str]:
+        """The ``wanted`` ones that hold objects, and the task's reference split."""
+        names = dict.fromkeys((*wanted, TASKS[self.base.task].reference_split))
+        return [split for split in names if split and getattr(self.base, split).num_rows]
 
 
 def predict_members(members: Sequence[dict[str, bytes]], measuring: Measuring, splits: Sequence[str]) -> list[dict[str, Predictions]]:
-    """Each member's predictions of whole splits, made by Ray tasks that read the splits part by part.
+    """Each member's predictions of whole splits, read part by part, by Ray tasks or in this process.
 
     Args:
         members: Checkpoint folders as file name -> content.
@@ -63,6 +65,8 @@ def predict_members(members: Sequence[dict[str, bytes]], measuring: Measuring, s
     Raises:
         CannotBeMeasured: a member needs other embeddings or points than the dataset has; names both sides.
     """
+    if measuring.num_tasks == 0:
+        return _predict(list(members), measuring, list(splits))
     task = ray.remote(_predict).options(num_cpus=measuring.cpus_per_task, num_gpus=1 if measuring.use_gpu else 0, max_retries=3)
     shares = [list(range(start, len(members), measuring.num_tasks)) for start in range(min(measuring.num_tasks, len(members)))]
     shared = ray.put(measuring)
@@ -94,7 +98,7 @@ def _predict(members: list[dict[str, bytes]], measuring: Measuring, splits: list
         except DatasetError as error:
             raise CannotBeMeasured(str(error)) from error
         both = {name: (member.signature.get(name), loop.signature.get(name)) for name in {*member.signature, *loop.signature}}
-        unlike = [f"{name} {a!r} -> {b!r}" for name, (a, b) in sorted(both.items()) if a != b and name != "dataset_digest"]
+        unlike = [f"{name} {a!r} -> {b!r}" for name, (a, b) in sorted(both.items()) if a != b and name not in member.task.signature_notes]
         if unlike:
             raise CannotBeMeasured(f"it was trained for other inputs than this dataset has ({'; '.join(unlike)})")
         results.append({split: predict_split(member.task, member.recipe, member.learner, getattr(loop, split), device) for split in splits})
@@ -103,13 +107,13 @@ def _predict(members: list[dict[str, bytes]], measuring: Measuring, splits: list
 
 # --- choosing -------------------------------------------------------------------------------------------------------------------------------
 def choose_members(
-    predictions: Sequence[Predictions], combine: Callable[[Sequence[Predictions]], Predictions], score_of: Callable[[Predictions], float], score: Score
+    predictions: Sequence[Any], combine: Callable[[Sequence[Any]], Any], score_of: Callable[[Any], float], score: Score
 ) -> tuple[list[int], float]:
     """Greedy forward selection (Caruana et al. 2004, without repetition): the best member, then whichever adds most, as long as one adds anything.
 
     Args:
         predictions: The members', of the same objects.
-        combine: The ensemble rule.
+        combine: The ensemble rule, from some members' predictions (or a single one's) to theirs together.
         score_of: What to improve.
 
     Returns:
@@ -122,7 +126,7 @@ def choose_members(
         for i in range(len(predictions)):
             if i not in chosen:
                 tried = [predictions[k] for k in (*chosen, i)]
-                gains.append((score_of(combine(tried) if len(tried) > 1 else tried[0]), i))
+                gains.append((score_of(combine(tried)), i))
         pick: tuple[float, int] | None = None
         for value, i in gains:  # of equal ones the first: the better trial
             if score.better(value, best if pick is None else pick[0]):
@@ -136,55 +140,101 @@ def choose_members(
     return chosen, best
 
 
-def select(search: Folder, task: Task, trials: Sequence[Trial], measuring: Measuring) -> dict[str, Any]:
-    """Measure the trials' best checkpoints, alone and as an ensemble; kept in ``selection.json``, so that it is done once.
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A finished training whose best checkpoint may be registered."""
+
+    name: str
+    """For tables, as ``trial 3`` or ``seed 76``."""
+    folder: str
+    """The run's folder, relative to that of the search or the seeds."""
+    run_id: str = ""
+    """Its MLflow run."""
+    tags: dict[str, str] = field(default_factory=dict)
+    """For its registered version."""
+
+
+def select(folder: Folder, task: Task, candidates: Sequence[Candidate], measuring: Measuring, *, rule: str, take_all: bool = False) -> dict[str, Any]:
+    """Measure the candidates' best checkpoints, alone and as an ensemble; kept in ``selection.json``, so that it is done once.
+
+    Args:
+        rule: The ensemble rule; fitted, where there is something to fit, on the validation split.
+        take_all: The ensemble is all of them; otherwise those that `choose_members` chooses.
 
     Returns:
-        ``members`` (one dict a trial: number, member_digest, best, metrics), ``chosen`` (positions in it), ``score`` and ``metrics`` of the ensemble.
+        ``members`` (one dict a candidate: name, folder, member_digest, best, metrics), ``chosen`` (positions in it), ``rule``, ``fitted``, ``score``
+        and ``metrics`` of the ensemble.
     """
-    results = [search.read_json(f"trials/{trial.digest}/result.json") for trial in trials]
-    key = json_digest([[r["member_digest"] for r in results], measuring.base.train.dataset.digest, task.score.name])
-    if search.exists("selection.json"):
-        before = search.read_json("selection.json")
+    results = [folder.read_json(f"{candidate.folder}/result.json") for candidate in candidates]
+    key = json_digest([[r["member_digest"] for r in results], measuring.base.train.dataset.digest, task.score.name, rule, take_all])
+    if folder.exists("selection.json"):
+        before = folder.read_json("selection.json")
         if before["key"] == key:
             return before
     packed = []
-    for trial, result in zip(trials, results, strict=True):
-        with search.fetched(f"trials/{trial.digest}/{result['best']}") as directory:
+    for candidate, result in zip(candidates, results, strict=True):
+        with folder.fetched(f"{candidate.folder}/{result['best']}") as directory:
             packed.append(pack(directory))
-    predicted = predict_members(packed, measuring, measuring.splits)
-    score_name = task.score.name.split("/", 1)[1]
-    chosen, value = choose_members([p["val"] for p in predicted], task.combine, lambda p: task.evaluate(p)[score_name], task.score)
+    predicted = predict_members(packed, measuring, measuring.splits(*SPLITS))
+
+    def score_of(predictions: dict[str, Predictions]) -> float:
+        return metrics_of(task, predictions, ["val"])[task.score.name]
+
+    if take_all:
+        chosen = list(range(len(predicted)))
+    else:
+        without_test = [{split: of_split for split, of_split in of_member.items() if split != "test"} for of_member in predicted]
+        chosen, _ = choose_members(without_test, lambda members: combined(task, members, rule, fitted=fit(task, members, rule)), score_of, task.score)
+    fitted = fit(task, [predicted[i] for i in chosen], rule)
+    together = combined(task, [predicted[i] for i in chosen], rule, fitted=fitted)
     selection = {
         "key": key,
         "members": [
             {
-                "trial": trial.number,
-                "digest": trial.digest,
+                "name": candidate.name,
+                "folder": candidate.folder,
                 "member_digest": result["member_digest"],
                 "best": result["best"],
-                "metrics": _metrics(task, of_member),
+                "metrics": metrics_of(task, of_member),
             }
-            for trial, result, of_member in zip(trials, results, predicted, strict=True)
+            for candidate, result, of_member in zip(candidates, results, predicted, strict=True)
         ],
         "chosen": chosen,
-        "score": value,
-        "metrics": _metrics(task, _combined(task, [predicted[i] for i in chosen])),
+        "rule": rule,
+        "fitted": fitted,
+        "score": score_of(together),
+        "metrics": metrics_of(task, together),
     }
-    search.write_json("selection.json", selection)
+    folder.write_json("selection.json", selection)
     return selection
 
 
-def _combined(
-    task: Task, members: Sequence[dict[str, Predictions]], rule: str = "concatenate", weights: Sequence[float] | None = None
+def fit(task: Task, members: Sequence[dict[str, Predictions]], rule: str) -> dict[str, Any]:
+    """`Task.fit_rule` on the members' validation predictions."""
+    return task.fit_rule([member["val"] for member in members], rule=rule)
+
+
+def combined(
+    task: Task,
+    members: Sequence[dict[str, Predictions]],
+    rule: str,
+    weights: Sequence[float] | None = None,
+    fitted: Mapping[str, Any] | None = None,
 ) -> dict[str, Predictions]:
-    if len(members) == 1:
+    """The members' predictions together, split by split; a single member's as they are, unless something was fitted for it."""
+    if len(members) == 1 and not fitted:
         return members[0]
-    return {split: task.combine([member[split] for member in members], rule=rule, weights=weights) for split in members[0]}
+    return {split: task.combine([member[split] for member in members], rule=rule, weights=weights, fitted=fitted) for split in members[0]}
 
 
-def _metrics(task: Task, predictions: dict[str, Predictions]) -> dict[str, float]:
-    return {f"{split}/{name}": float(value) for split, of_split in predictions.items() for name, value in task.evaluate(of_split).items()}
+def metrics_of(task: Task, predictions: dict[str, Predictions], splits: Sequence[str] = SPLITS) -> dict[str, float]:
+    """Metrics of those ``splits`` that are there, ``<split>/<name>``; the reference split is what they are measured against."""
+    reference = predictions.get(task.reference_split)
+    found: dict[str, float] = {}
+    for split in splits:
+        if split in predictions:
+            found |= named_metrics(task, predictions[split], split, reference)
+    return found
 
 
 # --- registering ----------------------------------------------------------------------------------------------------------------------------
@@ -193,13 +243,34 @@ class Crowning:
     """What became of the alias."""
 
     moved: bool
-    """Whether this search's ensemble is champion now and was not before."""
+    """Whether this ensemble is champion now and was not before."""
     told: str
     """One line for people."""
 
 
+def enrol(
+    tracking: "Tracking",
+    folder: Folder,
+    task: Task,
+    candidates: Sequence[Candidate],
+    selection: dict[str, Any],
+    measuring: Measuring,
+    *,
+    run_id: str | None,
+    replace_champion: bool,
+) -> str:
+    """Register what :func:`select` measured, and crown the ensemble if it is better; lines for people."""
+    from rayjobs.registry import Registry
+
+    registry = Registry(tracking)
+    versions, ensemble = register(registry, folder, task, candidates, selection, run_id=run_id)
+    members = ", ".join(f"{entry['name']} = version {v.version}" for entry, v in zip(selection["members"], versions, strict=True))
+    verdict = crown(registry, ensemble, folder, task, measuring, selection["score"], replace_champion=replace_champion)
+    return f"registered {registry.name}: {members}, ensemble = version {ensemble.version}\n{verdict.told}"
+
+
 def register(
-    registry: "Registry", search: Folder, task: Task, trials: Sequence[Trial], selection: dict[str, Any], *, run_id: str | None
+    registry: "Registry", folder: Folder, task: Task, candidates: Sequence[Candidate], selection: dict[str, Any], *, run_id: str | None
 ) -> tuple[list["Version"], "Version"]:
     """Register the measured members and the chosen ensemble; what is registered already is found again.
 
@@ -208,24 +279,19 @@ def register(
     """
     tags = {"task": task.name, "score_name": task.score.name}
     versions = []
-    for entry in selection["members"]:
-        trial = trials[entry["trial"]]
-        with search.fetched(f"trials/{entry['digest']}/{entry['best']}") as directory:
+    for entry, candidate in zip(selection["members"], candidates, strict=True):
+        with folder.fetched(f"{entry['folder']}/{entry['best']}") as directory:
             if member_digest(directory) != entry["member_digest"]:
-                raise ValueError(f"{search.path('trials/' + entry['digest'])} was changed after its training: delete it and run again")
-            versions.append(
-                registry.register_member(
-                    directory,
-                    score=entry["metrics"][task.score.name],
-                    run_id=trial.run_id or None,
-                    tags={**tags, "search": search.uri.rsplit("/", 1)[1], "trial": str(trial.number)},
-                )
-            )
+                raise ValueError(f"{folder.path(entry['folder'])} was changed after its training: delete it and run again")
+            score = entry["metrics"][task.score.name]
+            versions.append(registry.register_member(directory, score=score, run_id=candidate.run_id or None, tags={**tags, **candidate.tags}))
     ensemble = registry.register_ensemble(
         [versions[i] for i in selection["chosen"]],
         score=selection["score"],
+        rule=selection["rule"],
+        fitted=selection["fitted"],
         run_id=run_id,
-        tags={**tags, "search": search.uri.rsplit("/", 1)[1], "dataset_digest": versions[0].tags.get("dataset_digest", "")},
+        tags={**tags, "search": folder.uri.rsplit("/", 1)[1], "dataset_digest": versions[0].tags.get("dataset_digest", "")},
     )
     return versions, ensemble
 
@@ -245,7 +311,7 @@ def crown(
         if present is None:
             verdict = Crowning(moved=True, told=f"{name} is version {ensemble.version}: there was none before")
         elif present.version == ensemble.version:
-            return Crowning(moved=False, told=f"{name} is version {ensemble.version}, this search's ensemble, already")
+            return Crowning(moved=False, told=f"{name} is version {ensemble.version}, this very ensemble, already")
         else:
             verdict = _compared(registry, present, ensemble, search, task, measuring, value, replace_champion)
         if not verdict.moved:
@@ -297,9 +363,9 @@ def measured_champion(registry: "Registry", present: "Version", search: Folder, 
         if entry.task != task.name:
             raise CannotBeMeasured(f"it is of task {entry.task}, not {task.name}")
         packed = list(_packed_members(directory, len(entry.members)))
-    predicted = predict_members(packed, measuring, ["val"])
-    combined = _combined(task, predicted, entry.rule, [member.weight for member in entry.members])
-    value = _metrics(task, combined)[task.score.name]
+    predicted = predict_members(packed, measuring, measuring.splits("val"))
+    together = combined(task, predicted, entry.rule, [member.weight for member in entry.members], entry.fitted)
+    value = metrics_of(task, together)[task.score.name]
     search.write_json("champion.json", {"key": key, "version": present.version, "score": value})
     return value
 

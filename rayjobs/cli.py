@@ -3,17 +3,19 @@
 A job is a frozen dataclass with the fields ``task`` and ``recipe``. Its recipe's flags carry no prefix: ``--model.num-experts 8 --optim.lr 3e-4``.
 """
 
+import dataclasses
 import difflib
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from cad_models.config import Recipe
+from cad_models.config import Recipe, replace_all
+from cad_models.task import NamedRun
 from cad_models.tasks import TASKS
 
 RecipeFlags = Annotated[Recipe, tyro.conf.arg(name="")]
@@ -23,6 +25,10 @@ RecipeFlags = Annotated[Recipe, tyro.conf.arg(name="")]
 EXIT_STOPPED = 75
 
 Job = TypeVar("Job")
+
+
+class UsageError(ValueError):
+    """A flag's value that this task does not know, or flags that exclude each other: exit status 2."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,23 +57,62 @@ def parse_job(job_type: type[Job], argv: Sequence[str] | None = None, **defaults
     task_name, smoke = _task_of(arguments)
     task = TASKS[task_name]
     recipe = task.smoke if smoke else task.recipe
-    default = job_type(task=task_name, recipe=recipe, smoke=smoke, **defaults)
+    fields = {field.name for field in dataclasses.fields(job_type)}
     try:
+        if "run" in fields and (name := _last_value(arguments, "--run")):
+            run = named_run(task_name, name)
+            recipe = replace_all(recipe, run.changes)
+            defaults = {"run": name, "seeds": run.seeds, **defaults}
+        if "options" in fields:
+            defaults = {"options": task.infer_options(), **defaults}
+        if {"dry_run", "list_runs"} <= fields and {"--dry-run", "--list-runs"} & {a.replace("_", "-") for a in arguments}:
+            defaults = {"dataset": "", **defaults}  # only told, not read
+        default = job_type(task=task_name, recipe=recipe, smoke=smoke, **defaults)
         return tyro.cli(job_type, args=arguments, default=default, description=sys.modules[job_type.__module__].__doc__)
     except ValueError as error:  # a value of the right type out of its range: a config's own check
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 
 
+def named_run(task: str, name: str) -> NamedRun:
+    """A task's named run. Raises UsageError with a hint for an unknown name."""
+    runs = TASKS[task].runs
+    if name not in runs:
+        raise UsageError(f"--run {name!r} is no named run of --task {task}: {among(name, runs, '--run')}; --list-runs tells what each is")
+    return runs[name]
+
+
+def check_rule(task: str, rule: str, flag: str = "--combine") -> None:
+    """Raises UsageError with a hint unless ``rule`` is one of the task's ensemble rules."""
+    rules = TASKS[task].combine_rules
+    if rule not in rules:
+        raise UsageError(f"{flag} {rule!r} is no ensemble rule of --task {task}: {among(rule, rules, flag)}")
+
+
+def among(value: str, allowed: Iterable[str], flag: str) -> str:
+    """As ``it has soft, hard; did you mean --combine soft?``."""
+    allowed = list(allowed)
+    close = difflib.get_close_matches(value, allowed, n=1)
+    return f"it has {', '.join(allowed) or 'none'}" + (f"; did you mean {flag} {close[0]}?" if close else "")
+
+
+def _last_value(arguments: Sequence[str], flag: str) -> str:
+    found = ""
+    for i, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == flag:
+            found = value if equals else (arguments[i + 1] if i + 1 < len(arguments) else "")
+    return found
+
+
 def _task_of(arguments: list[str]) -> tuple[str, bool]:
     """First stage: only ``--task`` and ``--smoke``, which decide the defaults of all other flags."""
-    name, smoke = next(iter(TASKS)), False
-    named = False
-    for i, argument in enumerate(arguments):
-        flag, equals, value = argument.partition("=")
-        if flag == "--task":
-            name, named = (value if equals else (arguments[i + 1] if i + 1 < len(arguments) else "")), True
-        elif flag in ("--smoke", "--no-smoke"):
+    smoke = False
+    named = any(argument.partition("=")[0] == "--task" for argument in arguments)
+    name = _last_value(arguments, "--task") if named else next(iter(TASKS))
+    for argument in arguments:
+        flag = argument.partition("=")[0]
+        if flag in ("--smoke", "--no-smoke"):
             smoke = flag == "--smoke"
     if named and name not in TASKS:
         close = difflib.get_close_matches(name, TASKS, n=1)
@@ -83,7 +128,7 @@ def _stop(signum: int, frame: object) -> None:
 
 
 def run_job(job_type: type[Job], main: Callable[[Job], int | None], argv: Sequence[str] | None = None) -> None:
-    """Parse, run, and turn a user's mistake into one line and exit status 1 (Ctrl-C: 130).
+    """Parse, run, and turn a user's mistake into one line and exit status 1 (a `UsageError`: 2, Ctrl-C: 130).
 
     Exit status 0 is success; `EXIT_STOPPED` means stopped on request, with a checkpoint. CAD_TRACEBACK=1 shows where an error came from.
     """
@@ -92,6 +137,9 @@ def run_job(job_type: type[Job], main: Callable[[Job], int | None], argv: Sequen
     job = parse_job(job_type, argv)
     try:
         status = main(job)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
     except (ValueError, FileNotFoundError, PermissionError) as error:
         if os.environ.get("CAD_TRACEBACK") == "1":
             raise

@@ -19,14 +19,12 @@ _CELL, _CAPTION, _NUM_COLUMNS = 160, 18, 8
 def write_contact_sheet(dataset: "DatasetFolder", manifest: "Manifest", task: Task, path: Path, *, most: int = 48) -> Path:
     """Write a PNG with the middle view of up to ``most`` objects, evenly spaced over the dataset; returns ``path``.
 
-    Raises:
-        ValueError: the task has no views.
+    Args:
+        task: One that names a ``preview_source`` or embeds images.
     """
     from cad_models.common.images import decode_image
 
-    if not task.embed_columns:
-        raise ValueError(f"--preview: the task {task.name} has no views to show")
-    folder, column = task.embed_columns[0].source
+    folder, column = task.preview_source or task.embed_columns[0].source
     chosen = np.unique(np.linspace(0, manifest.num_objects - 1, min(most, manifest.num_objects)).round().astype(int))
     cells: list[tuple[str, np.ndarray]] = []
     start = 0
@@ -37,7 +35,7 @@ def write_contact_sheet(dataset: "DatasetFolder", manifest: "Manifest", task: Ta
             table = dataset.read_part(folder, index, ["object_id", column]).take(rows)
             for object_id, images in zip(table.column("object_id").to_pylist(), table.column(column).to_pylist(), strict=True):
                 if images:
-                    cells.append((object_id, decode_image(images[len(images) // 2])))
+                    cells.append((object_id, decode_image(images if isinstance(images, bytes) else images[len(images) // 2])))
     data = contact_sheet(cells)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)

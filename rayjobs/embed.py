@@ -20,7 +20,7 @@ import tyro
 
 from cad_models.task import EmbedColumn
 from cad_models.tasks import TASKS
-from rayjobs.cli import RecipeFlags, run_job
+from rayjobs.cli import RecipeFlags, UsageError, run_job
 from rayjobs.progress import Progress, duration
 from rayjobs.resources import ScaleConfig
 
@@ -94,7 +94,7 @@ def main(job: EmbedJob) -> int:
         raise ValueError(f"--scale.num-workers {job.scale.num_workers} must be at least 0")
     task, dataset = TASKS[job.task], DatasetFolder(job.dataset)
     if not task.embed_columns:
-        raise ValueError(f"--task {task.name} reads no frozen embeddings: nothing to embed, go on with train.py")
+        raise UsageError(f"--task {task.name} reads no frozen embeddings: nothing to embed, go on with train.py")
     manifest = dataset.manifest()
     if manifest.task != task.name:
         raise DatasetError(f"--dataset {job.dataset} was prepared for --task {manifest.task}, not for --task {task.name}")

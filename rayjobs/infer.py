@@ -18,15 +18,15 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from cad_models.config import Recipe
 from cad_models.dataset import QUARANTINE_SCHEMA, Folder
-from cad_models.task import Answer, Input, Reject, Requests
+from cad_models.task import Answer, InferOptions, Input, Reject, Requests
 from cad_models.tasks import TASKS
-from rayjobs.cli import TrackingConfig, run_job
+from rayjobs.cli import TrackingConfig, check_rule, run_job
 from rayjobs.resources import ScaleConfig
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class InferJob:
     queries: str = tyro.MISSING
     """Folder of images, meshes or both."""
     gallery: str = ""
-    """Folder to search in; may be left out for the source system's layout."""
+    """Folder to search in; needed only where answers are files, and not for the source system's layout."""
     output: str = "outputs/submission.csv"
     """The answers as CSV, in the source system's columns."""
     table: str = ""
@@ -57,14 +57,17 @@ class InferJob:
     """The answers as a page; empty = beside the output."""
     direction: str = "auto"
     """Which way to search, as image_to_mesh; auto = every way for which there are files."""
-    combine: Literal["auto", "concatenate", "mean"] = "auto"
-    """How members are combined: concatenate = mean of their cosines, mean = mean of their vectors; auto = as registered, else concatenate."""
+    combine: str = "auto"
+    """How members are combined: a rule of the task (alignment: concatenate = mean of their cosines, mean = mean of their vectors); auto = as
+    registered, else the task's first."""
     weights: tuple[float, ...] = ()
     """One for each --model; empty = every member counts the same (or as registered)."""
     top_k: int = 3
     """Answers to each query."""
     max_bad_fraction: float = 0.1
     """More unreadable files than this share of all end in exit status 1, after everything is written."""
+    options: InferOptions = InferOptions()
+    """The task's own."""
     scale: ScaleConfig = ScaleConfig(num_workers=0)
     """Workers and their limits; --scale.num-workers 0 = one for each core or GPU."""
     tracking: TrackingConfig = TrackingConfig()
@@ -76,8 +79,10 @@ def main(job: InferJob) -> int:
         raise ValueError(f"--top-k {job.top_k}: ask for at least one answer")
     if not 0 <= job.max_bad_fraction <= 1:
         raise ValueError(f"--max-bad-fraction {job.max_bad_fraction} is no share between 0 and 1")
+    if job.combine != "auto":
+        check_rule(job.task, job.combine)
     clock = _Clock()
-    requests = TASKS[job.task].list_requests(job.queries, job.gallery or None, direction=job.direction)
+    requests = TASKS[job.task].list_requests(job.queries, job.gallery or None, direction=job.direction, options=job.options)
 
     from cad_models.ensemble import load_ensemble, ranked
     from rayjobs.registry import gather_ensemble
@@ -96,13 +101,13 @@ def main(job: InferJob) -> int:
         ensemble = load_ensemble(directory)
         if ensemble.task.name != job.task:
             raise ValueError(f"--model is of the task {ensemble.task.name}, --task says {job.task}")
-        ensemble.task.predictor(ensemble.members)
+        ensemble.task.predictor(ensemble.members, options=job.options)
         clock.lap("load models", len(ensemble.members))
         _tell_start(ensemble, requests)
         outputs: dict[int, list[Any]] = {}
         rejects: list[tuple[Input, Reject]] = []
         thumbnails = _Thumbnails(spool)
-        for position, row in _processed(directory, requests, job.scale, clock):
+        for position, row in _processed(directory, requests, job, clock):
             if row.reject is None:
                 outputs[position] = row.outputs
                 thumbnails.add(position, row.thumbnail)
@@ -115,7 +120,8 @@ def main(job: InferJob) -> int:
         clock.lap("write", len(written))
     _tell_end(job, requests, answers, rejects, written, clock)
     if not answers:
-        print("error: nothing could be answered: no query, or no gallery file, could be read", file=sys.stderr)
+        searched = any(search.gallery for search in requests.searches)
+        print(f"error: nothing could be answered: no query{', or no gallery file,' if searched else ''} could be read", file=sys.stderr)
         return 1
     if len(rejects) > job.max_bad_fraction * len(requests.inputs):
         print(
@@ -128,7 +134,7 @@ def main(job: InferJob) -> int:
 
 
 # --- working on the files -----------------------------------------------------------------------------------------------------------------
-def _processed(directory: Path, requests: Requests, scale: ScaleConfig, clock: "_Clock") -> Iterator[tuple[int, Any]]:
+def _processed(directory: Path, requests: Requests, job: InferJob, clock: "_Clock") -> Iterator[tuple[int, Any]]:
     """Pairs (position, `Processed`) of all inputs, in no order, from Ray Data actors that each hold the ensemble."""
     import ray
 
@@ -136,6 +142,7 @@ def _processed(directory: Path, requests: Requests, scale: ScaleConfig, clock: "
     from rayjobs.actor_pool import connect_stoppable, plan_pool, run_units
     from rayjobs.progress import Progress
 
+    scale = job.scale
     connect_stoppable()
     clock.lap("start Ray", 1)
     num_inputs = len(requests.inputs)
@@ -148,7 +155,7 @@ def _processed(directory: Path, requests: Requests, scale: ScaleConfig, clock: "
     device = "cuda" if pool.gpus else "cpu"
     # The files themselves, not their path: workers may lie on machines that do not see the driver's disk.
     files = ray.put(pack(directory))
-    arguments = (files, device, scale.timeout_s, int(scale.memory_gb * (1 << 30)))
+    arguments = (files, device, scale.timeout_s, int(scale.memory_gb * (1 << 30)), job.options)
     progress = Progress("infer", num_inputs, "files")
     for row in run_units(units, InferWorker, arguments, pool, longest_unit_s=size * scale.timeout_s):
         clock.add(json.loads(row["seconds"]))
@@ -164,7 +171,7 @@ class InferWorker:
         files: Reference to `cad_models.ensemble.pack`'s result.
     """
 
-    def __init__(self, files: Any, device: str, timeout_s: float, memory_limit_bytes: int) -> None:
+    def __init__(self, files: Any, device: str, timeout_s: float, memory_limit_bytes: int, options: InferOptions) -> None:
         import ray
         import torch
 
@@ -176,7 +183,9 @@ class InferWorker:
         with tempfile.TemporaryDirectory() as folder:
             unpack(ray.get(files), Path(folder))
             ensemble = load_ensemble(Path(folder), device=device)
-        self._processor = InputProcessor(ensemble, device=device, timeout_s=timeout_s, memory_limit_bytes=memory_limit_bytes)
+        self._processor = InputProcessor(
+            ensemble, device=device, timeout_s=timeout_s, memory_limit_bytes=memory_limit_bytes, options=options
+        )
         self._processor.__enter__()
 
     def __call__(self, unit: dict[str, Any]) -> dict[str, Any]:
@@ -249,7 +258,7 @@ def _write(
         "unreadable files": f"{stem}.quarantine.parquet",
     }
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(ensemble.task.submission(answers))
+    csv.writer(text, lineterminator="\n").writerows(ensemble.task.submission(answers, options=job.options))
     members = [
         {"name": name, "digest": member.digest, "weight": weight}
         for name, member, weight in zip(ensemble.names, ensemble.members, ensemble.weights, strict=True)
@@ -262,11 +271,12 @@ def _write(
     quarantine = [{"source": item.source, "reason": reject.reason, "detail": reject.detail} for item, reject in rejects]
     notes = [
         f"{_members(ensemble)}: {', '.join(ensemble.names)}",
-        *(f"{s.direction}: {len(s.queries):,} queries in a gallery of {len(s.gallery):,}" for s in requests.searches),
+        *(f"{s.direction}: {len(s.queries):,} queries" + (f" in a gallery of {len(s.gallery):,}" if s.gallery else "") for s in requests.searches),
     ]
     if rejects:
         notes.append(f"{len(rejects)} files could not be read: {', '.join(item.source for item, _ in rejects[:10])}{' …' if len(rejects) > 10 else ''}")
-    page = answers_page(answers, _pictures(requests, answers, thumbnails), title=f"Answers: {job.task}", notes=notes)
+    labels = {search.direction for search in requests.searches if not search.gallery}
+    page = answers_page(answers, _pictures(requests, answers, thumbnails), title=f"Answers: {job.task}", notes=notes, labels=labels)
     contents = {
         "answers": text.getvalue().encode(),
         "ranks and scores": _parquet(ranks),
@@ -328,7 +338,8 @@ def _tell_start(ensemble: "Ensemble", requests: Requests) -> None:
         print(f"  {name}  (digest {member.digest[:12]}, weight {weight:g})")
     for search in requests.searches:
         files = sum(len(entry.inputs) for entry in search.gallery)
-        print(f"{search.direction}: {len(search.queries):,} queries, gallery of {len(search.gallery):,} objects in {files:,} files")
+        among = f", gallery of {len(search.gallery):,} objects in {files:,} files" if search.gallery else ""
+        print(f"{search.direction}: {len(search.queries):,} queries{among}")
     if requests.num_ignored:
         print(f"{requests.num_ignored:,} files are of kinds that these searches do not read")
     sys.stdout.flush()

@@ -42,7 +42,7 @@ from rayjobs.batching import fitting_batch_size, prefetched, regrouped
 from rayjobs.history import CSV_NAME, PNG_NAME, history_csv, history_png
 from rayjobs.predictions import named_metrics, predict_split, rank, split_metrics, world_size
 from rayjobs.streams import ROW_KEY, SplitStream
-from rayjobs.tracking import system_metrics
+from rayjobs.system_metrics import system_metrics
 
 _STOP_POLL_STEPS = 8
 _PROGRESS_S = 2.0
@@ -356,7 +356,7 @@ class Training:
 
     def _resume(self) -> None:
         if self.rank == 0:
-            self._check_recipe()
+            check_recipe(self.config)
             for name in ("last", *(f"best/{n}" for n in self.task.best_metrics)):
                 self.folder.recover(name)
         self._barrier()
@@ -385,23 +385,6 @@ class Training:
         for columns in regrouped(self.config.train.parts(0, 1), ADAPT_BATCH, limit=self.learner.adapt_objects):  # every worker the same
             del columns[ROW_KEY]
             yield {name: tensor.to(self.device) for name, tensor in self.task.collate(columns, self.recipe, rngs=None).items()}
-
-    def _check_recipe(self) -> None:
-        data = {name: self.config.signature.get(name) for name in ("dataset_digest", "encoder_digest")}
-        asked = {"task": self.task.name, "recipe": to_dict(self.recipe), **data}
-        if not self.folder.exists("recipe.json"):
-            self.folder.write_json("recipe.json", asked)
-            return
-        before = self.folder.read_json("recipe.json")
-        if before["task"] != asked["task"]:
-            raise ValueError(f"{self.folder.uri} holds a run of task {before['task']}, not {asked['task']}: choose another --name")
-        changes = differences(from_dict(type(self.recipe), before["recipe"]), self.recipe)
-        changes += [f"{name.replace('_', ' ')}: {before.get(name)} -> {now}" for name, now in data.items() if before.get(name) != now]
-        if not changes:
-            return
-        raise ValueError(
-            f"{self.folder.uri} holds a run of another recipe ({'; '.join(changes)}): choose another --name, or delete that folder to start over"
-        )
 
     # small things -------------------------------------------------------------------------------------------------------------------------
     def _mean_scalars(self) -> dict[str, float]:
@@ -487,6 +470,25 @@ class _State:
         state = cls()
         state.__dict__.update(values)
         return state
+
+
+def check_recipe(config: LoopConfig) -> None:
+    """Note in the run's folder what was asked for. Raises ValueError, naming both sides, when the folder holds a run of something else."""
+    folder, recipe = Folder(config.run_folder), config.recipe
+    data = {name: config.signature.get(name) for name in ("dataset_digest", "encoder_digest")}
+    asked = {"task": config.task, "recipe": to_dict(recipe), **data}
+    if not folder.exists("recipe.json"):
+        folder.write_json("recipe.json", asked)
+        return
+    before = folder.read_json("recipe.json")
+    if before["task"] != asked["task"]:
+        raise ValueError(f"{folder.uri} holds a run of task {before['task']}, not {asked['task']}: choose another --name")
+    changes = differences(from_dict(type(recipe), before["recipe"]), recipe)
+    changes += [f"{name.replace('_', ' ')}: {before.get(name)} -> {now}" for name, now in data.items() if before.get(name) != now]
+    if changes:
+        raise ValueError(
+            f"{folder.uri} holds a run of another recipe ({'; '.join(changes)}): choose another --name, or delete that folder to start over"
+        )
 
 
 def _autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:

@@ -2,7 +2,7 @@
 
 MLflow copies this file and the package ``cad_models`` beside the weights, so a version needs no checkout of this project, and no pickle.
 
-Input: one row a query, columns ``query`` (path of an image or a mesh) and ``gallery`` (path of a folder of meshes or of images). Output: rows of
+Input: one row a query, columns ``query`` (path of an image or a mesh) and, for tasks that search, ``gallery`` (path of a folder of meshes or of images). Output: rows of
 query, rank, answer, score, direction, as ``infer.py`` writes them; parameter ``top_k``.
 """
 
@@ -35,9 +35,10 @@ class AnswersModel(PythonModel):
         top_k = int((params or {}).get("top_k", 3))
         rows: list[dict[str, Any]] = []
         with InputProcessor(self._ensemble) as processor:
-            for gallery, asked in model_input.groupby("gallery", sort=True):
+            galleries = model_input["gallery"].fillna("") if "gallery" in model_input else [""] * len(model_input)
+            for gallery, asked in model_input.assign(gallery=galleries).groupby("gallery", sort=True):
                 queries = list(dict.fromkeys(asked["query"]))
-                requests = self._ensemble.task.list_requests(queries, str(gallery))
+                requests = self._ensemble.task.list_requests(queries, str(gallery) or None)
                 answers, rejects = answer(self._ensemble, requests, processor, top_k=top_k)
                 for item, reject in rejects:
                     if item.source in queries:

@@ -8,7 +8,7 @@ workers, because a unit reads nothing but its own description and its own source
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -270,6 +270,8 @@ class PartResult:
     """Rows [source, reason, detail] for the quarantine."""
     num_lost: int
     """Objects of the plan that are not in the part."""
+    labels: dict[str, dict[str, int]]
+    """Label -> split -> objects; those without a label are not counted."""
     reused: bool
 
 
@@ -299,7 +301,13 @@ def finished_part(dataset: DatasetFolder, plan: PartPlan, kinds: Sequence[str], 
         if any(infos[kind].sha256 != sha256 for kind, sha256 in note["files"].items()):
             return None
         part = _manifest_entry(plan, note["splits"], infos)
-    return PartResult(index=plan.index, part=part, rejects=note["rejects"], num_lost=note["num_lost"], reused=True)
+    try:
+        written = dataset.read_part("objects", plan.index, ["label", "split"]).to_pylist()
+    except DatasetError:
+        return None
+    return PartResult(
+        index=plan.index, part=part, rejects=note["rejects"], num_lost=note["num_lost"], labels=count_labels(written), reused=True
+    )
 
 
 def make_part(
@@ -335,7 +343,17 @@ def make_part(
                 notes["limits"] = asdict(limits)
         infos[kind] = dataset.write_part(kind, plan.index, build_table(schema, rows[kind]), key=plan.key, notes=notes)
     part = _manifest_entry(plan, notes["splits"], infos)
-    return PartResult(index=plan.index, part=part, rejects=rejects, num_lost=notes["num_lost"], reused=False)
+    labels = count_labels(rows["objects"])
+    return PartResult(index=plan.index, part=part, rejects=rejects, num_lost=notes["num_lost"], labels=labels, reused=False)
+
+
+def count_labels(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """Label -> split -> number of rows, both sorted; rows without a label are not counted."""
+    counts = Counter((row["label"], row["split"]) for row in rows if row["label"])
+    labels: dict[str, dict[str, int]] = {}
+    for (label, split), count in sorted(counts.items()):
+        labels.setdefault(label, {})[split] = count
+    return labels
 
 
 def _manifest_entry(plan: PartPlan, splits: dict[str, int], infos: dict[str, PartInfo]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Raw files -> the dataset folder: parse, find duplicates, split, sample points, render views (Ray Data, CPU).
+"""Raw files -> the dataset folder: parse, find duplicates, split, make what training reads (Ray Data, CPU).
 
     python rayjobs/prepare.py --task alignment --source parts/ --dataset ds/          # a folder of meshes, at any depth
     python rayjobs/prepare.py --task alignment --source builtin:600 --dataset ds/     # generated CAD parts, no download
@@ -23,7 +23,7 @@ from cad_models.config import json_digest
 from cad_models.splits import SplitConfig, apply_split_csv, draw_splits, read_split_csv
 from cad_models.task import Inspection, Listing, RawItem, Reject, Task
 from cad_models.tasks import TASKS
-from rayjobs.cli import RecipeFlags, run_job
+from rayjobs.cli import RecipeFlags, UsageError, run_job
 from rayjobs.progress import Progress, duration
 from rayjobs.resources import ScaleConfig
 
@@ -56,7 +56,7 @@ class PrepareJob:
     max_bad_fraction: float = 0.1
     """Exit with status 1 (after writing everything) when more than this share of the listed objects cannot be used."""
     preview: str = ""
-    """PNG file for a contact sheet of up to 48 of the objects; empty = none."""
+    """PNG file for a contact sheet of up to 48 of the objects, for tasks whose objects have pictures; empty = none."""
     progress_file: str = ""
     """JSON-lines file for progress; empty = outputs/logs/prepare-<name of the dataset>.jsonl."""
     scale: ScaleConfig = ScaleConfig(num_workers=0)
@@ -161,6 +161,7 @@ def _prepare(job: PrepareJob, task: Task, dataset: "DatasetFolder", listing: Lis
         num_quarantined=len(rows),
         num_ignored=listing.num_ignored,
         splits={name: count for name, count in sorted(_sum_splits(results).items())},
+        labels=sum_labels([r.labels for r in results]),
     )
     dataset.write_quarantine(rows)
     dataset.folder.delete(INSPECTIONS)
@@ -200,6 +201,9 @@ def check_flags(job: PrepareJob) -> None:
         raise ValueError(f"--scale.memory-gb {job.scale.memory_gb:g} must be above 0")
     if job.scale.num_workers < 0:
         raise ValueError(f"--scale.num-workers {job.scale.num_workers} must be at least 0")
+    task = TASKS[job.task]
+    if job.preview and not (task.preview_source or task.embed_columns):
+        raise UsageError(f"--preview {job.preview}: the objects of --task {job.task} have no pictures; leave --preview out")
     if job.preview and Path(job.preview).suffix.lower() != ".png":
         raise ValueError(f"--preview {job.preview} must end in .png")
     if not any("://" in uri or uri.startswith("builtin:") for uri in (job.source, job.dataset)):
@@ -285,7 +289,7 @@ def assign(inspected: "Sequence[Inspected]", task: Task, split: SplitConfig, csv
                 f"(test, then val, then train): {_examples(given.divided_groups)}"
             )
     else:
-        splits = draw_splits(split, group, [i.result.complexity for i in inspected])
+        splits = draw_splits(split, group, [i.result.complexity for i in inspected], [i.item.label for i in inspected])
     objects = [
         PlannedObject(item=i.item, sha256=i.result.sha256, inputs=i.result.inputs, group_id=ids[g], split=name)
         for i, g, name in zip(inspected, group, splits, strict=True)
@@ -340,6 +344,20 @@ def _sum_splits(results: "Sequence[PartResult]") -> Counter:
     return total
 
 
+def _class_summary(labels: dict[str, dict[str, int]]) -> str:
+    counts = sorted(((sum(of_split.values()), name) for name, of_split in labels.items()), key=lambda pair: (-pair[0], pair[1]))
+    return f"{len(counts):,}: {_examples([f'{name} {count:,}' for count, name in counts])}" if counts else ""
+
+
+def sum_labels(parts: Sequence[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
+    """Label -> split -> objects over all parts, both sorted."""
+    total: dict[str, Counter] = {}
+    for labels in parts:
+        for label, counts in labels.items():
+            total.setdefault(label, Counter()).update(counts)
+    return {label: dict(sorted(total[label].items())) for label in sorted(total)}
+
+
 def _print_summary(
     job: PrepareJob, dataset: "DatasetFolder", manifest: "Manifest", rows: list[dict[str, str]], results: "Sequence[PartResult]", num_listed: int, seconds: float
 ) -> None:
@@ -351,8 +369,10 @@ def _print_summary(
         ("listed", f"{num_listed:,} ({manifest.num_ignored:,} other files ignored)"),
         ("objects", f"{manifest.num_objects:,} in {manifest.num_groups:,} groups of exact duplicates"),
         ("splits", splits or "none"),
+        ("classes", _class_summary(manifest.labels)),
         ("quarantined", f"{len(rows):,}" + (f" (all: {dataset.folder.path('quarantine.parquet')})" if rows else "")),
     ]
+    lines = [line for line in lines if line[1]]
     by_reason: dict[str, list[dict[str, str]]] = {}
     for row in sorted(rows, key=lambda r: r["source"]):
         by_reason.setdefault(row["reason"], []).append(row)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cad_models.ensemble import check_weights, is_ensemble, read_ensemble, write_ensemble
+from cad_models.tasks import TASKS
 from rayjobs.tracking import Tracking, TrackingError, exclusive
 
 if TYPE_CHECKING:
@@ -90,7 +91,8 @@ class Registry:
         *,
         score: float,
         weights: Sequence[float] | None = None,
-        rule: str = "concatenate",
+        rule: str | None = None,
+        fitted: Mapping[str, Any] | None = None,
         run_id: str | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> Version:
@@ -99,12 +101,14 @@ class Registry:
         Args:
             members: Versions, or names as ``models:/cad-alignment/3``; a version that is an ensemble gives all its members.
             weights: One for each of ``members``; None = equal.
+            rule: One of the task's ``combine_rules``; None = the first.
+            fitted: What `Task.fit_rule` said of the members, in this order, and the rule.
             score: The ensemble's score on the validation split.
         """
         names = [member if isinstance(member, str) else member.uri for member in members]
         with tempfile.TemporaryDirectory() as folder:
             directory = Path(folder) / "ensemble"
-            entry = self.gather(names, directory, weights=weights, rule=rule)
+            entry = self.gather(names, directory, weights=weights, rule=rule, fitted=fitted)
             described = {"members": " ".join(member.name for member in entry.members)}
             return self._register(directory, kind="ensemble", score=score, run_id=run_id, tags={**(tags or {}), **described})
 
@@ -135,17 +139,24 @@ class Registry:
             f"move {self.name}@{name}", lambda: self._tracking.client.set_registered_model_alias(self.name, name, version.version)
         )
 
-    def gather(self, names: Sequence[str], into: Path, *, weights: Sequence[float] | None = None, rule: str | None = None) -> Any:
+    def gather(
+        self,
+        names: Sequence[str],
+        into: Path,
+        *,
+        weights: Sequence[float] | None = None,
+        rule: str | None = None,
+        fitted: Mapping[str, Any] | None = None,
+    ) -> Any:
         """One ensemble's folder from everything that is named; each name's weight is shared among its members by their own weights.
 
         Args:
-            names: As :func:`gather_ensemble`.
-            rule: None = the rule of a single name, ``concatenate`` for several.
+            names, rule, fitted: As :func:`gather_ensemble`.
 
         Returns:
             Its `EnsembleEntry`.
         """
-        return gather_ensemble(names, into, tracking=lambda: self._tracking, weights=weights, rule=rule)
+        return gather_ensemble(names, into, tracking=lambda: self._tracking, weights=weights, rule=rule, fitted=fitted)
 
     # ----------------------------------------------------------------------------------------------------------------------------------
     def _all_versions(self, condition: str) -> "list[ModelVersion]":
@@ -220,7 +231,8 @@ def save_model(ensemble: Path, target: Path) -> None:
     import cad_models
 
     here = Path(__file__).resolve().parent
-    requirements = [f"{name}=={importlib.metadata.version(name)}" for name in _REQUIREMENTS]
+    packages = [*_REQUIREMENTS, *(name for name in TASKS[read_ensemble(ensemble).task].requirements if name not in _REQUIREMENTS)]
+    requirements = [f"{name}=={importlib.metadata.version(name)}" for name in packages]
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         # MLflow wants an example to run the model on; this one needs files of the user's.
         warnings.filterwarnings("ignore", message=".*input example was not provided.*")
@@ -234,7 +246,7 @@ def save_model(ensemble: Path, target: Path) -> None:
             code_paths=[str(code)],
             pip_requirements=requirements,
             signature=ModelSignature(
-                inputs=Schema([ColSpec("string", "query"), ColSpec("string", "gallery")]),
+                inputs=Schema([ColSpec("string", "query"), ColSpec("string", "gallery", required=False)]),
                 outputs=Schema(
                     [
                         ColSpec("string", "query"),
@@ -273,6 +285,7 @@ def gather_ensemble(
     tracking: Any,
     weights: Sequence[float] | None = None,
     rule: str | None = None,
+    fitted: Mapping[str, Any] | None = None,
 ) -> Any:
     """One ensemble's folder from everything that is named, digests checked.
 
@@ -281,7 +294,8 @@ def gather_ensemble(
             files as ``moe.safetensors:pc_encoder.safetensors``.
         tracking: Function that opens the store; called only when a name needs it.
         weights: One a name; shared among its members by their own weights. None = every member its own weight.
-        rule: How members are combined; None = the rule of a single name, ``concatenate`` for several.
+        rule: How members are combined; None = the rule of a single name, the task's first for several.
+        fitted: What the rule learned from the members; None = what a single name holds for the same rule.
 
     Returns:
         Its `EnsembleEntry`.
@@ -296,7 +310,7 @@ def gather_ensemble(
     folders: list[Path] = []
     shares: list[float] = []
     labels: list[str] = []
-    rules: list[str] = []
+    known_rules: list[tuple[str, dict[str, Any]]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for i, name in enumerate(names):
             with _located(name, Path(scratch) / str(i), tracking) as (directory, label):
@@ -306,15 +320,17 @@ def gather_ensemble(
                     own = [member.weight for member in entry.members]
                     # A member of its own version is known by that version, a member of an ensemble by the name that the ensemble pins.
                     known = [member.name or label for member in entry.members]
-                    rules.append(entry.rule)
+                    known_rules.append((entry.rule, entry.fitted))
                 else:
                     parts, own, known = [directory], [1.0], [label]
                 total = sum(own)
                 folders += parts
                 labels += known
                 shares += own if given is None else [given[i] * share / total for share in own]
-        chosen = rule or (rules[0] if len(names) == 1 and rules else "concatenate")
-        return write_ensemble(into, folders, rule=chosen, weights=shares, names=labels)
+        if len(names) == 1 and known_rules and rule in (None, known_rules[0][0]):
+            rule, own_fitted = known_rules[0]
+            fitted = own_fitted if fitted is None else fitted
+        return write_ensemble(into, folders, rule=rule, weights=shares, names=labels, fitted=fitted)
 
 
 @contextmanager

@@ -98,6 +98,20 @@ class WorkerPlan:
         return {"CPU": self.cpus_per_worker, **({"GPU": 1.0} if self.use_gpu else {})}
 
 
+def concurrent_trainings(scale: ScaleConfig) -> int:
+    """Trainings of this scale that the cluster has room for at once, at least one; needs Ray."""
+    import ray
+
+    total = ray.cluster_resources()
+    # A local Ray counts more slots than cores; a cluster's nodes count their cores.
+    cpus = total.get("CPU", 1.0) - 1.0 if os.environ.get("RAY_ADDRESS") else float(os.cpu_count() or 1)
+    fitting = [int(cpus // (scale.num_workers * (scale.cpus_per_worker or 1.0)))]
+    gpus = int(total.get("GPU", 0))
+    if scale.use_gpu or (scale.use_gpu is None and gpus >= scale.num_workers):
+        fitting.append(gpus // scale.num_workers)
+    return max(1, min(fitting))
+
+
 def plan_workers(scale: ScaleConfig, *, concurrent_trainings: int = 1) -> WorkerPlan:
     """Fit workers into the cluster, keeping one CPU for the driver's and Ray Data's tasks.
 

@@ -73,14 +73,14 @@ def _short(value: Any) -> str:
 
 
 def member_table(selection: dict[str, Any], score: Score) -> str:
-    """Recall (or whatever the task scores by) of every member and of the ensemble on val and test, in every direction the task has."""
+    """What the task scores by (and its parts) of every member and of the ensemble, on val and test."""
     metric = score.name.split("/", 1)[1]
     known = selection["metrics"]
     names = [name for split in ("val", "test") for name in sorted(known) if name.startswith(f"{split}/") and _is_part(name, split, metric)]
     names.sort(key=lambda name: (name.startswith("test/"), name.count("/"), name))
     header = ["", *names]
     rows = [
-        [f"trial {entry['trial']}{' *' if i in selection['chosen'] else ''}", *[f"{entry['metrics'][name]:.4f}" for name in names]]
+        [f"{entry['name']}{' *' if i in selection['chosen'] else ''}", *[f"{entry['metrics'][name]:.4f}" for name in names]]
         for i, entry in enumerate(selection["members"])
     ]
     rows.append([f"ensemble of {len(selection['chosen'])}", *[f"{known[name]:.4f}" for name in names]])
@@ -90,9 +90,9 @@ def member_table(selection: dict[str, Any], score: Score) -> str:
 
 
 def _is_part(name: str, split: str, metric: str) -> bool:
-    """``recall@3`` itself and ``<direction>/recall@3``, but no further protocols."""
+    """The metric itself, and for one as ``recall@3`` also ``<direction>/recall@3``, but no further protocols."""
     inner = name.removeprefix(f"{split}/")
-    return inner.rsplit("/", 1)[-1] == metric and inner.count("/") <= 1
+    return inner == metric or ("/" not in metric and inner.rsplit("/", 1)[-1] == metric and inner.count("/") <= 1)
 
 
 def report_page(trials: Sequence[Trial], base: Recipe, task: Task, *, title: str, notes: Sequence[str]) -> str:

@@ -1,10 +1,7 @@
-"""MLflow runs: opening the store, runs that survive a killed driver, and the courier that brings metrics from files to
-the runs.
+"""MLflow runs: opening the store, and runs that survive a killed driver.
 
 Training workers never open MLflow. Rank 0 writes ``<run folder>/metrics.jsonl``; a thread of the driver
-(`MetricsCourier`) follows these files and delivers new lines. A store that is down costs nothing but delay: lines stay
-in their file and are delivered when it is back, or by the next start of the same command. Registered models:
-`rayjobs.registry`.
+(`rayjobs.courier`) follows these files and delivers new lines. Registered models: `rayjobs.registry`.
 """
 
 import functools
@@ -14,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -21,13 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cad_models.dataset import Folder
 from rayjobs.cli import TrackingConfig
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    import psutil
     from mlflow import MlflowClient
 
 T = TypeVar("T")
@@ -362,9 +358,10 @@ class TrackedRun:
 
     def log_metrics(self, metrics: Mapping[str, float], *, step: int = 0) -> bool:
         """Log figures that are in no metrics file, as the result of a search. Whether it could be done."""
-        return self._deliver([{"step": step, "metrics": dict(metrics)}])
+        return self.deliver([{"step": step, "metrics": dict(metrics)}])
 
-    def _deliver(self, lines: Iterable[Mapping[str, Any]]) -> bool:
+    def deliver(self, lines: Iterable[Mapping[str, Any]]) -> bool:
+        """Log lines of a metrics file: ``{"step", "epoch", "metrics"}``. Whether it could be done."""
         from mlflow.entities import Metric
 
         run_id = self.open()
@@ -415,6 +412,13 @@ class TrackedRun:
 
         return bool(self._tracking.attempt(f"upload {path.name}", send))
 
+    def log_content(self, name: str, data: bytes) -> bool:
+        """Upload ``data`` as a file of that name. Whether it could be done."""
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / name
+            path.write_bytes(data)
+            return self.log_artifact(path)
+
     def finish(self, status: str = "FINISHED") -> None:
         """End the run: FINISHED, FAILED, or KILLED (stopped on request; the same command goes on with it)."""
         run_id = self.open()
@@ -462,157 +466,3 @@ def _git_tags() -> dict[str, str]:
             return {}
         answers.append(done.stdout.strip())
     return {"mlflow.source.git.commit": answers[0], "git.changed": "yes" if answers[1] else "no"}
-
-
-# --- metrics ----------------------------------------------------------------------------------------------------------
-class MetricsCourier:
-    """Brings the lines of ``metrics.jsonl`` files to their runs, in a thread of the driver; a context manager.
-
-    A line is ``{"step": int, "epoch": int, "metrics": {...}}`` and may have ``"time"`` (seconds since the epoch). The
-    file may be rewritten with more lines; each step is delivered once, over any number of driver restarts: a run's own
-    history says which it has.
-
-    Args:
-        runs: Pairs (run folder by path or URI, run); :meth:`follow` adds more.
-        every_s: Seconds between two looks.
-    """
-
-    def __init__(self, runs: Iterable[tuple[str, TrackedRun]] = (), *, every_s: float = 2.0) -> None:
-        self._every_s = every_s
-        self._lock = threading.Lock()
-        self._rounds = threading.Lock()
-        self._followed: list[_Followed] = []
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="metrics-courier", daemon=True)
-        for folder, run in runs:
-            self.follow(folder, run)
-
-    def follow(self, run_folder: str, run: TrackedRun) -> None:
-        """Follow one more run's file; it need not exist yet."""
-        with self._lock:
-            self._followed.append(_Followed(Folder(run_folder), run))
-
-    def __enter__(self) -> "MetricsCourier":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        missing = self.close()
-        if missing:
-            print(
-                f"tracking: {missing} evaluations could not be delivered; they are in the {METRICS_FILE} of their run folders, and the next start "
-                "of the same command delivers them",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    def close(self) -> int:
-        """Stop the thread after a last round; how many lines could not be delivered."""
-        self._end.set()
-        if self._thread.is_alive():
-            self._thread.join()
-        return self.flush()
-
-    def flush(self) -> int:
-        """Deliver what is there now; how many lines could not be."""
-        with self._lock:
-            followed = list(self._followed)
-        with self._rounds:
-            return sum(item.deliver() for item in followed)
-
-    def _work(self) -> None:
-        while not self._end.wait(self._every_s):
-            missing = self.flush()
-            if missing:
-                # Each failing round costs the store's timeouts; do not spend the driver's time on them.
-                self._end.wait(15 * self._every_s)
-
-
-class _Followed:
-    """One file and what its run has of it."""
-
-    def __init__(self, folder: Folder, run: TrackedRun) -> None:
-        self._folder, self._run = folder, run
-        self._delivered: set[int] | None = None
-        self._seen = b""
-
-    def deliver(self) -> int:
-        try:
-            data = self._folder.read_bytes(METRICS_FILE)
-        except FileNotFoundError:
-            return 0
-        except OSError as error:
-            print(f"tracking: {self._folder.path(METRICS_FILE)} cannot be read ({error})", file=sys.stderr, flush=True)
-            return 0
-        if data == self._seen:
-            return 0
-        lines = _lines(data)
-        if self._delivered is None:
-            self._delivered = self._run.delivered_steps()
-            if self._delivered is None:
-                return len(lines)
-        new = [line for line in lines if line["step"] not in self._delivered]
-        for position, line in enumerate(new):
-            if not self._run._deliver([line]):
-                return len(new) - position
-            self._delivered.add(line["step"])
-        self._seen = data
-        return 0
-
-
-def _lines(data: bytes) -> list[dict[str, Any]]:
-    """The file's whole lines; a last one that is still being written is left for later."""
-    lines = []
-    for text in data.decode(errors="replace").splitlines():
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(value, dict) and {"step", "epoch", "metrics"} <= value.keys():
-            lines.append(value)
-    return lines
-
-
-def system_metrics() -> dict[str, float]:
-    """Load of this process and its machine, to be merged into an evaluation's metrics.
-
-    Returns:
-        CPU in percent since the last call (process: 100 = one core), memory in GB, and of each GPU its memory in GB
-        and, where NVML is installed, its load in percent. Names begin with ``system/``.
-    """
-    import psutil
-
-    process = _this_process()
-    values = {
-        "system/process_cpu_percent": process.cpu_percent(),
-        "system/cpu_percent": psutil.cpu_percent(),
-        "system/process_memory_gb": process.memory_info().rss / 1e9,
-        "system/memory_used_gb": psutil.virtual_memory().used / 1e9,
-    }
-    return values | _gpu_metrics()
-
-
-@functools.cache
-def _this_process() -> "psutil.Process":
-    import psutil
-
-    # psutil measures CPU between two calls on the same object.
-    return psutil.Process()
-
-
-def _gpu_metrics() -> dict[str, float]:
-    # torch, not NVML: the package that binds NVML is no dependency, and torch is loaded already wherever there is
-    # something to measure.
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
-        return {}
-    values = {}
-    for index in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(index)
-        values[f"system/gpu{index}_memory_used_gb"] = (total - free) / 1e9
-        try:
-            values[f"system/gpu{index}_percent"] = float(torch.cuda.utilization(index))
-        except (ImportError, ModuleNotFoundError, RuntimeError):
-            # Its load is known only where NVML's binding is installed.
-            continue
-    return values

@@ -3,6 +3,8 @@
     python rayjobs/train.py --task alignment --dataset ds/
     python rayjobs/train.py --task alignment --dataset ds/ --model.num-experts 8 --optim.lr 3e-4 --scale.num-workers 8
     python rayjobs/train.py --task alignment --dataset ds/ --smoke --scale.num-workers 0        # in this process, without Ray
+    python rayjobs/train.py --task alignment --dataset ds/ --seeds 76 100 123 --register        # one member a seed, then their ensemble
+    python rayjobs/train.py --task alignment --list-runs                                        # trainings by name: --run NAME
 
 Killed or stopped (Ctrl-C, SIGTERM, a file named STOP in the run's folder), the same command goes on where it was.
 """
@@ -25,7 +27,7 @@ import tyro
 from cad_models.config import Recipe, digest, json_digest, to_dict
 from cad_models.dataset import Folder
 from cad_models.tasks import TASKS
-from rayjobs.cli import EXIT_STOPPED, RecipeFlags, TrackingConfig, run_job
+from rayjobs.cli import EXIT_STOPPED, RecipeFlags, TrackingConfig, UsageError, check_rule, run_job
 from rayjobs.resources import ScaleConfig, WorkerPlan
 
 if TYPE_CHECKING:
@@ -43,6 +45,22 @@ class TrainJob:
     """The task's smoke recipe: the same code in seconds on a CPU."""
     dataset: str = tyro.MISSING
     """The dataset folder (path or URI) that prepare.py and embed.py made."""
+    run: str = ""
+    """One of the task's named runs: its recipe and seeds, which other flags still change."""
+    list_runs: bool = False
+    """Tell the task's named runs, and end."""
+    dry_run: bool = False
+    """Tell the full command line and the recipe, and end; needs no dataset."""
+    seeds: tuple[int, ...] = ()
+    """Train one member a seed, in <output>/<name>/seed_<s>/, and tell each one's figures and their ensemble's; empty = one run, with --seed."""
+    max_concurrent: int = 0
+    """Seeds at once; 0 = as many as the cluster has room for."""
+    combine: str = ""
+    """Rule of the seeds' ensemble, one of the task's; empty = its first. Rules that need it are fitted on the validation split."""
+    register: bool = False
+    """Register the seeds' members and their ensemble; the alias champion moves only to something better, as in tune.py."""
+    replace_champion: bool = False
+    """Move the alias champion also when the present one cannot be measured on this dataset's validation split."""
     output: str = "outputs/runs"
     """Folder (path or URI, shared by all nodes) for runs; this one's is <output>/<name>."""
     name: str = ""
@@ -57,8 +75,43 @@ class TrainJob:
 
 def main(job: TrainJob) -> int:
     """Train, track, tell."""
+    from rayjobs.named_runs import dry_run_text, runs_text
+
+    if job.list_runs:
+        print(runs_text(TASKS[job.task]))
+        return 0
+    check_flags(job)
+    if job.dry_run:
+        print(dry_run_text(job))
+        return 0
+    if job.seeds:
+        from rayjobs.seeds import train_seeds
+
+        return train_seeds(job)
+    return _train_one(job)
+
+
+def check_flags(job: TrainJob) -> None:
+    """Raises UsageError for flags that exclude or need each other."""
+    if job.combine:
+        check_rule(job.task, job.combine)
+    if not job.seeds:
+        for flag, value in {"--combine": job.combine, "--register": job.register, "--max-concurrent": job.max_concurrent}.items():
+            if value:
+                raise UsageError(f"{flag} is about the members of --seeds: give --seeds, or leave {flag} out")
+    if len(set(job.seeds)) < len(job.seeds) or any(seed < 0 for seed in job.seeds):
+        raise UsageError(f"--seeds {' '.join(map(str, job.seeds))}: seeds must be different numbers of at least 0")
+    if job.seeds and job.baselines:
+        raise UsageError("--baselines compares one run: leave --seeds or --baselines out")
+    if job.max_concurrent < 0:
+        raise UsageError(f"--max-concurrent {job.max_concurrent} must be at least 0 (0 = as many as there is room for)")
+
+
+def _train_one(job: TrainJob) -> int:
+    from rayjobs.courier import MetricsCourier
     from rayjobs.resources import connect, plan_workers
-    from rayjobs.tracking import DatasetSource, MetricsCourier, open_tracking
+    from rayjobs.tracked_runs import log_result
+    from rayjobs.tracking import DatasetSource, open_tracking
 
     plan = None
     if job.scale.num_workers > 0:
@@ -81,10 +134,7 @@ def main(job: TrainJob) -> int:
         run.finish("KILLED")
         print(f"stopped with a checkpoint in {folder.path('last')}: the same command goes on from there", flush=True)
         return EXIT_STOPPED
-    result = folder.read_json("result.json")
-    run.log_metrics(result["metrics"], step=result["num_steps"])
-    with folder.fetched(result["best"]) as directory:
-        run.log_artifact(directory, "best")
+    result = log_result(run, folder)
     run.finish()
     table = {"this run": _split_figures(result["metrics"], "test")}
     if job.baselines:
@@ -104,7 +154,8 @@ def _references(loop: "LoopConfig") -> dict[str, dict[str, float]]:
     from rayjobs.streams import concatenated
 
     columns = concatenated(list(loop.test.parts(0, 1)))
-    return TASKS[loop.task].references(columns, loop.recipe)
+    beside = None if loop.reference is None else concatenated(list(loop.reference.parts(0, 1)))
+    return TASKS[loop.task].references(columns, loop.recipe, beside)
 
 
 def _split_figures(metrics: dict[str, float], split: str) -> dict[str, float]:
@@ -172,14 +223,14 @@ def fit(
     Raises:
         ValueError: what is wrong with the request, or that training diverged.
     """
-    from rayjobs.loop import Training
+    from rayjobs.loop import Training, check_recipe
 
     folder = Folder(loop.run_folder)
     for leftover in ("STOP", "error.json"):
         folder.delete(leftover)
     if folder.exists("result.json"):
         # Also a finished run must be the one that was asked for.
-        Training(loop)._check_recipe()
+        check_recipe(loop)
         if not quiet:
             print(f"{folder.uri} is finished: reused", file=sys.stderr)
         return True
@@ -295,7 +346,8 @@ def _told(metrics: dict[str, float]) -> list[str]:
 
 def print_result(result: dict[str, Any], folder: Folder, table: dict[str, dict[str, float]]) -> None:
     """The test figures of a run's best checkpoint beside those of the baselines, and where everything lies."""
-    print(f"best {result['score_name']}: {result['score']:.4f}")
+    ended = f" after {result['num_epochs']} epochs, {result['ended']}" if "ended" in result else ""
+    print(f"best {result['score_name']}: {result['score']:.4f}{ended}")
     if table["this run"]:
         names = sorted(table["this run"], key=_natural)
         width = max(map(len, names))
@@ -303,7 +355,11 @@ def print_result(result: dict[str, Any], folder: Folder, table: dict[str, dict[s
         for name in names:
             cells = (f"{figures[name]:14.4f}" if name in figures else " " * 14 for figures in table.values())
             print(name.ljust(width) + "".join(f"  {cell:>{max(14, len(column))}}" for cell, column in zip(cells, table, strict=True)))
-    print(f"best checkpoint: {folder.path(result['best'])}\nlast checkpoint: {folder.path('last')}", flush=True)
+    print(f"best checkpoint: {folder.path(result['best'])}\nlast checkpoint: {folder.path('last')}")
+    if folder.exists("report"):
+        pages = [name for name in folder.names("report") if name.endswith(".html")]
+        print(f"report: {folder.path('/'.join(['report', *pages[:1]]))}")
+    sys.stdout.flush()
 
 
 def _natural(name: str) -> list[Any]:

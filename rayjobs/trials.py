@@ -1,17 +1,23 @@
-"""The trials of a search as Ray Tune runs them: one Ray Train run each, in a folder of its own, resumed by itself.
+"""Many trainings as Ray Tune runs them, the trials of a search or the seeds of an ensemble: one Ray Train run each, in a folder of its own, resumed
+by itself.
 
-Ray Tune places, watches, restarts and stops the trials; which recipe comes next and which trial stops early is asked of `rayjobs.search`, whose
-journal is the only state that counts. Ray Tune's own snapshots are never read.
+Ray Tune places, watches, restarts and stops them. What comes next and what stops early is asked of a `LiveRuns`: for a search of `rayjobs.search`,
+whose journal is the only state that counts. Ray Tune's own snapshots are never read.
 """
 
+import contextlib
+import itertools
 import logging
 import os
+import signal
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,10 +46,10 @@ _STOP_AGAIN_S = 1.0
 # --- in the trial's process -----------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, kw_only=True)
 class TrialSetting:
-    """What all trials of a search share; picklable."""
+    """What all trials share; picklable."""
 
     folder: str
-    """The search's folder."""
+    """The folder of the search, or of the seeds."""
     base: LoopConfig
     """Of the base recipe."""
     plan: WorkerPlan | None
@@ -55,44 +61,60 @@ def run_trial(config: dict[str, Any], setting: TrialSetting) -> None:
     """What Ray Tune starts: one training to its end, to a stop request, or to a failure, which is reported and not raised.
 
     Args:
-        config: ``recipe`` as JSON and ``digest``.
+        config: ``recipe`` as JSON and ``folder``, relative to the setting's.
     """
     # A trial that is stopped early lets its workers end before its process takes the next trial.
     os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", _WIND_DOWN_S)
-    folder = Folder(setting.folder) / f"trials/{config['digest']}"
+    tune.report(outcome_of(config, setting, tune.report))
+
+
+def outcome_of(
+    config: dict[str, Any],
+    setting: TrialSetting,
+    report: Callable[[dict[str, Any]], None],
+    *,
+    poll: Callable[[], None] | None = None,
+) -> dict[str, Any]:
+    """Train what ``config`` says; ``{"outcome": "complete", "best"}``, ``{"outcome": "stopped"}`` or ``{"outcome": "failed", "reason"}``.
+
+    Args:
+        report: Gets ``{"epoch", "score"}`` of every evaluation; after a restart also of earlier ones.
+        poll: Called now and then, in this thread, while a training without workers runs in another; None = it runs in this thread.
+    """
+    folder = Folder(setting.folder) / config["folder"]
     score = TASKS[setting.base.task].score.name
     told = 0
 
     def tell() -> None:
-        """Report what the run's file has and Ray Tune does not know; at a restart also what an earlier start has done."""
         nonlocal told
         for line in evaluations(folder)[told:]:
             told += 1
-            tune.report({"epoch": int(line["epoch"]), "score": float(line["metrics"][score])})
+            report({"epoch": int(line["epoch"]), "score": float(line["metrics"][score])})
+        if poll is not None:
+            poll()
 
     try:
         tell()
-        outcome = _trained(config, setting, folder, tell)
-    except Exception as error:  # one trial must not stop the search: the reason is recorded, and shown in its table
-        outcome = {"outcome": "failed", "reason": _reason(error)}
-    tune.report(outcome)
+        return _trained(config, setting, folder, tell, beside=setting.plan is not None or poll is not None)
+    except Exception as error:  # one trial must not stop the others: the reason is recorded, and shown in the table
+        return {"outcome": "failed", "reason": _reason(error)}
 
 
-def _trained(config: dict[str, Any], setting: TrialSetting, folder: Folder, tell: Callable[[], None]) -> dict[str, Any]:
+def _trained(config: dict[str, Any], setting: TrialSetting, folder: Folder, tell: Callable[[], None], *, beside: bool) -> dict[str, Any]:
     if Folder(setting.folder).exists("STOP"):
         return {"outcome": "stopped"}
     recipe = from_dict(type(setting.base.recipe), config["recipe"])
     loop = trial_loop(setting.base, recipe, folder.uri, cache_bytes=setting.cache_bytes)
-    if setting.plan is None:
-        finished = fit(loop, None, report=lambda metrics: tell(), quiet=True)
-    else:
+    if beside:
         finished = _fit_beside(loop, setting.plan, folder, tell)
+    else:
+        finished = fit(loop, None, report=lambda metrics: tell(), quiet=True)
     if not finished:
         return {"outcome": "stopped"}
     return {"outcome": "complete", "best": float(folder.read_json("result.json")["score"])}
 
 
-def _fit_beside(loop: LoopConfig, plan: WorkerPlan, folder: Folder, tell: Callable[[], None]) -> bool:
+def _fit_beside(loop: LoopConfig, plan: WorkerPlan | None, folder: Folder, tell: Callable[[], None]) -> bool:
     """Train in a second thread while this one reports: every evaluation reaches Ray Tune, in order, and waits for its verdict."""
     box: dict[str, Any] = {}
 
@@ -137,7 +159,9 @@ def trial_loop(base: LoopConfig, recipe: Recipe, run_folder: str, *, cache_bytes
     if _same_examples(streams["train"], replace(streams["train"], dataset=dataset, recipe=recipe, blocks=[])):
         streams = {split: replace(stream, recipe=recipe) for split, stream in streams.items()}
     else:
-        streams = {split: SplitStream(dataset=dataset, recipe=recipe, split=split).cached(cache_bytes) for split in streams}
+        streams = {split: SplitStream(dataset=dataset, recipe=recipe, split=split) for split in streams}
+        if ray.is_initialized():
+            streams = {split: stream.cached(cache_bytes) for split, stream in streams.items()}
     return replace(
         base, recipe=recipe, signature=task.signature(recipe, dataset.signature_inputs), run_folder=Folder(run_folder).uri, **streams
     )
@@ -153,7 +177,62 @@ def _same_examples(left: SplitStream, right: SplitStream) -> bool:
 
 
 # --- in the driver --------------------------------------------------------------------------------------------------------------------------
-class LiveSearch:
+class LiveRuns(ABC):
+    """Trainings under way, between who decides about them and Ray Tune.
+
+    Args:
+        folder: Of them all; a file named STOP in it ends them.
+    """
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+        self._looked_at = self._asked_at = 0.0
+        self.stopping = False
+        """Whether the user asked to stop."""
+
+    @abstractmethod
+    def num_left(self) -> int:
+        """Trainings that are to be started or to go on."""
+
+    @abstractmethod
+    def suggest(self, tune_id: str) -> dict[str, Any] | None:
+        """`run_trial`'s configuration of the next training, known as ``tune_id`` from here on; None = there is no more."""
+
+    @abstractmethod
+    def observe(self, tune_id: str, result: dict[str, Any]) -> bool:
+        """Take a report; whether the training is to be stopped."""
+
+    @abstractmethod
+    def end(self, tune_id: str) -> None:
+        """Record what became of a training; one that was stopped on request stays unfinished."""
+
+    @abstractmethod
+    def running(self) -> list[str]:
+        """Folders of those that were suggested and did not end."""
+
+    def ask_to_stop(self) -> None:
+        """Let what runs stop with a checkpoint, and begin no more."""
+        self.stopping = True
+        self._folder.write_bytes("STOP", b"")
+        self.remind()
+
+    def remind(self) -> None:
+        """Look for the user's STOP file, and ask the running trainings once more: one that was just starting has not seen the first request."""
+        now = time.monotonic()
+        if not self.stopping and now - self._looked_at >= _STOP_AGAIN_S:
+            self._looked_at = now
+            if self._folder.exists("STOP"):
+                self.ask_to_stop()
+        if not self.stopping or now - self._asked_at < _STOP_AGAIN_S:
+            return
+        self._asked_at = now
+        for name in self.running():
+            folder = self._folder / name
+            if folder.exists():  # who has not begun yet sees the STOP above, and leaves nothing behind
+                folder.write_bytes("STOP", b"")
+
+
+class LiveSearch(LiveRuns):
     """A search under way, between its journal and Ray Tune.
 
     Args:
@@ -171,7 +250,8 @@ class LiveSearch:
         on_start: Callable[[Trial], None],
         on_end: Callable[[Trial], None],
     ) -> None:
-        self._folder, self._task, self._base, self._config = folder, task, base, config
+        super().__init__(folder)
+        self._task, self._base, self._config = task, base, config
         self._on_start, self._on_end = on_start, on_end
         self.journal = Journal(folder)
         self._live: dict[str, int] = {}
@@ -179,9 +259,6 @@ class LiveSearch:
         self._outcomes: dict[str, dict[str, Any]] = {}
         self._pruned: set[str] = set()
         self._started: dict[str, float] = {}
-        self._asked_at = 0.0
-        self.stopping = False
-        """Whether the user asked to stop."""
         self.exhausted = False
         """Whether the space holds no further recipe."""
 
@@ -204,7 +281,7 @@ class LiveSearch:
         # Told again by the trial itself, so that the rule sees its evaluations in their order.
         self._scores[trial.number] = {}
         self._on_start(trial)
-        return {"digest": trial.digest, "recipe": to_dict(replace_all(self._base, trial.values))}
+        return {"digest": trial.digest, "folder": f"trials/{trial.digest}", "recipe": to_dict(replace_all(self._base, trial.values))}
 
     def _next(self) -> Trial | None:
         trials, live = self.journal.trials, set(self._live.values())
@@ -260,19 +337,8 @@ class LiveSearch:
         self.journal.put(trial)
         self._on_end(trial)
 
-    def ask_to_stop(self) -> None:
-        """Let the running trials stop with a checkpoint, and begin no more."""
-        self.stopping = True
-        self._folder.write_bytes("STOP", b"")
-        self.remind()
-
-    def remind(self) -> None:
-        """Ask the running trials once more: one that was just starting has not seen the first request."""
-        if not self.stopping or time.monotonic() - self._asked_at < _STOP_AGAIN_S:
-            return
-        self._asked_at = time.monotonic()
-        for number in list(self._live.values()):
-            (self._folder / f"trials/{self.journal.trials[number].digest}").write_bytes("STOP", b"")
+    def running(self) -> list[str]:
+        return [f"trials/{self.journal.trials[number].digest}" for number in list(self._live.values())]
 
 
 class _Unsaved:
@@ -283,18 +349,18 @@ class _Unsaved:
 
 
 class _Suggestions(_Unsaved, Searcher):
-    def __init__(self, live: LiveSearch) -> None:
+    def __init__(self, live: LiveRuns) -> None:
         super().__init__()
-        self._live_search = live
+        self._runs = live
 
     def suggest(self, trial_id: str) -> Any:
-        return self._live_search.suggest(trial_id) or Searcher.FINISHED
+        return self._runs.suggest(trial_id) or Searcher.FINISHED
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """The scheduler takes every result, also those that stop a trial."""
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        self._live_search.end(trial_id)
+        self._runs.end(trial_id)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing to save."""
@@ -304,24 +370,24 @@ class _Suggestions(_Unsaved, Searcher):
 
 
 class _Verdicts(_Unsaved, FIFOScheduler):
-    def __init__(self, live: LiveSearch) -> None:
+    def __init__(self, live: LiveRuns) -> None:
         super().__init__()
-        self._live_search = live
+        self._runs = live
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        return TrialScheduler.STOP if self._live_search.observe(trial.trial_id, result) else TrialScheduler.CONTINUE
+        return TrialScheduler.STOP if self._runs.observe(trial.trial_id, result) else TrialScheduler.CONTINUE
 
 
 class _Reminder(_Unsaved, tune.Callback):
-    def __init__(self, live: LiveSearch) -> None:
-        self._live_search = live
+    def __init__(self, live: LiveRuns) -> None:
+        self._runs = live
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        self._live_search.remind()
+        self._runs.remind()
 
 
-def run_trials(live: LiveSearch, setting: TrialSetting, resources: dict[str, float], *, max_concurrent: int) -> None:
-    """Run what is left of a search, until it is complete or the user asks to stop.
+def run_trials(live: LiveRuns, setting: TrialSetting, resources: dict[str, float], *, max_concurrent: int) -> None:
+    """Run what is left, until all is complete or the user asks to stop.
 
     Args:
         resources: What a trial's own process holds; its workers hold theirs beside it.
@@ -363,3 +429,38 @@ def run_trials(live: LiveSearch, setting: TrialSetting, resources: dict[str, flo
         if ray.is_initialized():
             folder.delete("ray")
         sys.stdout.flush()
+
+
+def run_here(live: LiveRuns, setting: TrialSetting) -> None:
+    """The same in this process, one training after the other, without Ray."""
+    for number in itertools.count():
+        name = str(number)
+        config = live.suggest(name)
+        if config is None:
+            return
+        live.observe(name, outcome_of(config, setting, partial(live.observe, name), poll=live.remind))
+        live.end(name)
+
+
+@contextlib.contextmanager
+def stopping_on_signals(live: LiveRuns) -> Iterator[list[int]]:
+    """SIGTERM or Ctrl-C lets the trainings stop with a checkpoint; the second one ends the program at once. Yields the signals received."""
+    received: list[int] = []
+
+    def ask(signum: int, frame: Any) -> None:
+        received.append(signum)
+        for name, handler in before.items():
+            signal.signal(name, handler)
+        print("\nstopping: running trainings write checkpoints (once more to end at once)", file=sys.stderr, flush=True)
+        live.ask_to_stop()
+
+    before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
+    if threading.current_thread() is threading.main_thread():
+        for name in before:
+            signal.signal(name, ask)
+    try:
+        yield received
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for name, handler in before.items():
+                signal.signal(name, handler)

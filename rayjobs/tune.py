@@ -14,12 +14,10 @@ Submitted as a job, the program runs in a copy of the working directory that is 
 import os
 import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import tyro
@@ -28,12 +26,14 @@ from cad_models.config import Recipe, digest, json_digest, replace_all, to_dict
 from cad_models.dataset import Folder
 from cad_models.task import Score
 from cad_models.tasks import TASKS
-from rayjobs.cli import EXIT_STOPPED, RecipeFlags, TrackingConfig, run_job
+from rayjobs.cli import EXIT_STOPPED, RecipeFlags, TrackingConfig, check_rule, run_job
 from rayjobs.resources import ScaleConfig, WorkerPlan
 from rayjobs.search import SearchConfig, Trial
+from rayjobs.tracked_runs import ChildRun, TrackedRuns
 
 if TYPE_CHECKING:
-    from rayjobs.tracking import MetricsCourier, TrackedRun, Tracking
+    from rayjobs.courier import MetricsCourier
+    from rayjobs.tracking import TrackedRun, Tracking
     from rayjobs.trials import LiveSearch
 
 # A trial's own process only starts and watches its workers.
@@ -57,6 +57,8 @@ class TuneJob:
     """The search's name; empty = from the digests of base recipe, dataset and search, so that the same command resumes the same search."""
     ensemble_size: int = 5
     """Best trials that are registered; the ensemble is chosen among them."""
+    combine: str = ""
+    """The ensemble's rule, one of the task's; empty = its first. Rules that need it are fitted on the validation split."""
     replace_champion: bool = False
     """Move the alias champion also when the present one cannot be measured on this dataset's validation split."""
     search: SearchConfig = SearchConfig()
@@ -70,10 +72,11 @@ def main(job: TuneJob) -> int:
     _check(job)
     _warn_of_relative_paths(job)
     from rayjobs.actor_pool import connect_stoppable
+    from rayjobs.courier import MetricsCourier
     from rayjobs.folder_lock import locked
     from rayjobs.resources import plan_workers
     from rayjobs.search import claim, default_name, search_identity
-    from rayjobs.tracking import DatasetSource, MetricsCourier, open_tracking
+    from rayjobs.tracking import DatasetSource, open_tracking
     from rayjobs.train import loop_config
 
     task = TASKS[job.task]
@@ -105,7 +108,7 @@ def main(job: TuneJob) -> int:
         tracked = stack.enter_context(TrackedTrials(job, folder, tracking, run, courier))
         live, signalled = _searched(job, folder, base, plan, in_process, tracked)
         if live.stopping:
-            tracked.interrupt()
+            tracked.interrupt_unfinished(live)
             run.finish("KILLED")
             print(f"stopped; running trials left checkpoints in {folder.path('trials')}: the same command goes on from there", flush=True)
             return 130 if signalled == signal.SIGINT else EXIT_STOPPED
@@ -114,6 +117,8 @@ def main(job: TuneJob) -> int:
 
 
 def _check(job: TuneJob) -> None:
+    if job.combine:
+        check_rule(job.task, job.combine)
     for flag, value in {
         "--search.num-samples": job.search.num_samples,
         "--search.max-concurrent": job.search.max_concurrent,
@@ -146,16 +151,16 @@ def _searched(
     job: TuneJob, folder: Folder, base: Any, plan: WorkerPlan, in_process: bool, tracked: "TrackedTrials"
 ) -> tuple["LiveSearch", int]:
     """Run what is left of the search; also the signal that asked it to stop, or 0."""
-    from rayjobs.trials import LiveSearch, TrialSetting, run_trials
+    from rayjobs.trials import LiveSearch, TrialSetting, run_trials, stopping_on_signals
 
     shown = _Lines(job.search, TASKS[job.task].score)
 
     def ended(trial: Trial) -> None:
-        tracked.end(trial)
+        tracked.end_trial(live, trial)
         shown.show(trial, live.journal.trials)
 
     live = LiveSearch(
-        folder=folder, task=TASKS[job.task], base=job.recipe, config=job.search, on_start=tracked.start, on_end=ended
+        folder=folder, task=TASKS[job.task], base=job.recipe, config=job.search, on_start=tracked.start_trial, on_end=ended
     )
     earlier = live.journal.trials[: job.search.num_samples]
     reused, resumed = sum(trial.finished for trial in earlier), sum(not trial.finished for trial in earlier)
@@ -165,10 +170,10 @@ def _searched(
         _tell_if_outside(job.recipe, job.task)
     tracked.adopt(live)
     setting = TrialSetting(
-        folder=folder.uri, base=base, plan=None if in_process else plan, cache_bytes=int(job.scale.cache_gb * 1e9)
+        folder=folder.uri, base=replace(base, report=False), plan=None if in_process else plan, cache_bytes=int(job.scale.cache_gb * 1e9)
     )
     own = {"CPU": plan.cpus_per_worker if in_process else _TRIAL_CPUS}
-    with _stopping(live) as received:
+    with stopping_on_signals(live) as received:
         run_trials(live, setting, own, max_concurrent=job.search.max_concurrent)
     if live.exhausted:
         print(f"the search space holds no further recipe: {len(live.journal.trials)} trials instead of {job.search.num_samples}", flush=True)
@@ -184,30 +189,6 @@ def _tell_if_outside(recipe: Recipe, task: str) -> None:
         print(
             "the base recipe has values that the search space cannot give: it is tried first, but the sampler learns nothing from it", flush=True
         )
-
-
-@contextmanager
-def _stopping(live: "LiveSearch") -> Iterator[list[int]]:
-    """SIGTERM or Ctrl-C lets the trials stop with a checkpoint; the second one ends the program at once. Yields the signals received."""
-    received: list[int] = []
-
-    def ask(signum: int, frame: Any) -> None:
-        received.append(signum)
-        for name, handler in before.items():
-            signal.signal(name, handler)
-        print("\nstopping: running trials write checkpoints (once more to end at once)", file=sys.stderr, flush=True)
-        live.ask_to_stop()
-
-    before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
-    if threading.current_thread() is threading.main_thread():
-        for name in before:
-            signal.signal(name, ask)
-    try:
-        yield received
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            for name, handler in before.items():
-                signal.signal(name, handler)
 
 
 class _Lines:
@@ -232,76 +213,44 @@ class _Lines:
 
 
 # --- tracking -------------------------------------------------------------------------------------------------------------------------------
-class TrackedTrials:
-    """Every trial as a child run. Calls to the store are made by one thread, so that a slow store delays no trial; a context manager."""
+class TrackedTrials(TrackedRuns):
+    """Every trial as a child run."""
 
     def __init__(self, job: TuneJob, folder: Folder, tracking: "Tracking", parent: "TrackedRun", courier: "MetricsCourier") -> None:
-        self._job, self._folder, self._tracking, self._parent, self._courier = job, folder, tracking, parent, courier
-        self._runs: dict[int, TrackedRun] = {}
-        self._live: LiveSearch | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tracking")
-        self._pending: list[Any] = []
-
-    def __enter__(self) -> "TrackedTrials":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        super().__init__(tracking, parent, courier)
+        self._job, self._folder = job, folder
 
     def adopt(self, live: "LiveSearch") -> None:
-        """Know the search, and end the runs of trials that finished just before an earlier driver was killed."""
-        self._live = live
+        """End the runs of trials that finished just before an earlier driver was killed."""
         for trial in live.journal.trials:
             if trial.finished and not trial.run_id:
-                self.end(trial)
+                self.end_trial(live, trial)
 
-    def start(self, trial: Trial) -> None:
+    def start_trial(self, trial: Trial) -> None:
         """Begin (or go on with) a trial's run."""
-        self._pending.append(self._thread.submit(self._run, trial))
+        self.start(self._child(trial))
 
-    def end(self, trial: Trial) -> None:
+    def end_trial(self, live: "LiveSearch", trial: Trial) -> None:
         """Deliver a trial's figures and end its run."""
-        self._pending.append(self._thread.submit(self._end, trial))
+        self.end(self._child(trial), trial.state, trial.reason, on_id=partial(live.journal.note_run, trial.number))
 
-    def interrupt(self) -> None:
+    def interrupt_unfinished(self, live: "LiveSearch") -> None:
         """Mark the runs of unfinished trials as stopped."""
-        self.drain()
-        self._courier.flush()
-        for number, run in self._runs.items():
-            if not self._live.journal.trials[number].finished:
-                run.finish("KILLED")
+        done = {_run_name(trial) for trial in live.journal.trials if trial.finished}
+        self.interrupt(done.__contains__)
 
-    def drain(self) -> None:
-        """Wait until all that was asked for is delivered, or given up."""
-        pending, self._pending = self._pending, []
-        for future in pending:
-            future.result()
+    def _child(self, trial: Trial) -> ChildRun:
+        return ChildRun(
+            key=json_digest(["trial", self._folder.uri, trial.digest]),
+            name=_run_name(trial),
+            folder=self._folder / f"trials/{trial.digest}",
+            params=to_dict(replace_all(self._job.recipe, trial.values)),
+            tags={"cad.task": self._job.task, "cad.recipe_digest": trial.digest, "cad.kind": "trial"},
+        )
 
-    def _run(self, trial: Trial) -> "TrackedRun":
-        if trial.number not in self._runs:
-            trial_folder = self._folder / f"trials/{trial.digest}"
-            recipe = replace_all(self._job.recipe, trial.values)
-            self._runs[trial.number] = self._tracking.start_run(
-                json_digest(["trial", self._folder.uri, trial.digest]),
-                name=f"trial-{trial.number:03d}",
-                parent=self._parent,
-                params=to_dict(recipe),
-                tags={"cad.task": self._job.task, "cad.run_folder": trial_folder.uri, "cad.recipe_digest": trial.digest, "cad.kind": "trial"},
-            )
-            self._courier.follow(trial_folder.uri, self._runs[trial.number])
-        return self._runs[trial.number]
 
-    def _end(self, trial: Trial) -> None:
-        run = self._run(trial)
-        self._courier.flush()
-        if trial.state == "complete":
-            result = self._folder.read_json(f"trials/{trial.digest}/result.json")
-            run.log_metrics(result["metrics"], step=result["num_steps"])
-        # MLflow knows no pruned runs: they ended as they should, and the tag tells the rest.
-        run.set_tags({"cad.state": trial.state, **({"cad.reason": trial.reason} if trial.reason else {})})
-        run.finish("FAILED" if trial.state == "failed" else "FINISHED")
-        if run.run_id is not None:
-            self._live.journal.note_run(trial.number, run.run_id)
+def _run_name(trial: Trial) -> str:
+    return f"trial-{trial.number:03d}"
 
 
 # --- the end --------------------------------------------------------------------------------------------------------------------------------
@@ -323,9 +272,8 @@ def _concluded(
     if best:
         notes += _registered(job, folder, base, plan, live, best, tracking, run)
     folder.write_bytes("report.html", report_page(trials, job.recipe, task, title=title, notes=notes).encode())
-    with ExitStack() as stack:
-        for name in ("trials.csv", "report.html"):
-            run.log_artifact(stack.enter_context(_local(folder, name)))
+    for name in ("trials.csv", "report.html"):
+        run.log_content(name, folder.read_bytes(name))
     if not best:
         run.finish("FAILED")
         print(
@@ -349,11 +297,10 @@ def _registered(
     run: "TrackedRun",
 ) -> list[str]:
     """Measure, register, crown; returns the lines for the report."""
-    from rayjobs.champion import Measuring, crown, register, select
-    from rayjobs.registry import Registry
+    from rayjobs.champion import Candidate, Measuring, enrol, select
     from rayjobs.search_report import member_table
 
-    task, registry = TASKS[job.task], Registry(tracking)
+    task = TASKS[job.task]
     measuring = Measuring(
         base=base,
         num_tasks=job.search.max_concurrent * max(1, job.scale.num_workers),
@@ -361,28 +308,23 @@ def _registered(
         use_gpu=plan.use_gpu,
         cache_bytes=int(job.scale.cache_gb * 1e9),
     )
-    selection = select(folder, task, best, measuring)
+    search = folder.uri.rsplit("/", 1)[1]
+    candidates = [
+        Candidate(
+            name=f"trial {trial.number}",
+            folder=f"trials/{trial.digest}",
+            run_id=live.journal.trials[trial.number].run_id,
+            tags={"search": search, "trial": str(trial.number)},
+        )
+        for trial in best
+    ]
+    selection = select(folder, task, candidates, measuring, rule=job.combine or task.combine_rules[0])
     figures = member_table(selection, task.score)
     print(f"\n{figures}\n", flush=True)
-    versions, ensemble = register(registry, folder, task, live.journal.trials, selection, run_id=run.run_id)
-    members = ", ".join(f"trial {e['trial']} = version {v.version}" for e, v in zip(selection["members"], versions, strict=True))
-    told = f"registered {registry.name}: {members}, ensemble = version {ensemble.version}"
-    verdict = crown(registry, ensemble, folder, task, measuring, selection["score"], replace_champion=job.replace_champion)
-    print(f"{told}\n{verdict.told}", flush=True)
+    told = enrol(tracking, folder, task, candidates, selection, measuring, run_id=run.run_id, replace_champion=job.replace_champion)
+    print(told, flush=True)
     run.log_metrics({f"ensemble/{name}": value for name, value in selection["metrics"].items()})
-    return [figures, f"{told}\n{verdict.told}"]
-
-
-@contextmanager
-def _local(folder: Folder, name: str) -> Iterator[Any]:
-    """A file of the folder as a local path."""
-    import tempfile
-    from pathlib import Path
-
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / name
-        path.write_bytes(folder.read_bytes(name))
-        yield path
+    return [figures, told]
 
 
 if __name__ == "__main__":

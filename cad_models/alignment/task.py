@@ -17,6 +17,7 @@ from cad_models.task import (
     Inspection,
     Learner,
     Listing,
+    NamedRun,
     Predictions,
     Predictor,
     RawItem,
@@ -54,6 +55,38 @@ def search_space(trial: Any) -> dict[str, Any]:
     return values
 
 
+RUNS = {
+    "moe": NamedRun(
+        changes={"model.num_experts": 8, "data.augment.max_scale": 1.5, "data.augment.max_shift": 0.2},
+        note="the published head (8 dense experts) and augmentation with the tiny point encoder: for CPUs",
+    ),
+    "linear_head": NamedRun(changes={"model.num_experts": 1, "model.top_k": 0}, note="one linear layer instead of experts: the trained baseline"),
+    "recon_large": NamedRun(
+        changes={
+            "model.size": "large",
+            "model.num_points": 10_000,
+            "model.embed_dim": 1_280,
+            "model.num_experts": 8,
+            "model.top_k": 0,
+            "model.drop_path": 0.2,
+            "loss.temperature": 0.07,
+            "data.augment.max_scale": 1.5,
+            "data.augment.max_shift": 0.2,
+            "optim.lr": 2e-5,
+            "optim.head_lr": 2e-4,
+            "optim.weight_decay": 0.05,
+            "optim.grad_clip_norm": 10.0,
+            "schedule.num_epochs": 40,
+            "schedule.num_warmup_epochs": 10.0,
+            "batch_size": 32,
+            "seed": 42,
+        },
+        note="stage 1 of the source system (HSE DL 2025) with its published hyper-parameters, for GPUs; embed with timm:eva_large_patch14_336.in22k_ft_in22k_in1k",
+    ),
+    "ensemble_3": NamedRun(changes={}, seeds=(0, 1, 2), note="three seeds of the default recipe, and their ensemble"),
+}
+
+
 class AlignmentTask(Task):
     """See ``cad_models/alignment/README.md``."""
 
@@ -68,6 +101,7 @@ class AlignmentTask(Task):
     }
     search_space = staticmethod(search_space)
     combine_rules = ("concatenate", "mean")
+    runs = RUNS
     embed_columns = (
         EmbedColumn(source=("views", "images"), name="embeddings", count="num_views"),
         EmbedColumn(source=("views", "query_images"), name="query_embeddings", count="num_query_views"),

@@ -11,15 +11,15 @@ import pytest
 from cad_models.checkpoint import CheckpointError
 from cad_models.ensemble import load_ensemble, pack, read_ensemble, unpack, write_ensemble
 from rayjobs.cli import TrackingConfig
+from rayjobs.courier import MetricsCourier
 from rayjobs.registry import Registry, gather_ensemble
+from rayjobs.system_metrics import system_metrics
 from rayjobs.tracking import (
     METRICS_FILE,
     DatasetSource,
-    MetricsCourier,
     TrackingError,
     flattened,
     open_tracking,
-    system_metrics,
     tracked_name,
 )
 from tests.rayjobs.members import write_tiny_member
