@@ -63,38 +63,46 @@ def neighbour_accuracy(
     are more similar wins. Without a reference: the other objects."""
     leave_out = reference is None or reference_labels is None
     against, classes = (embeddings, labels) if leave_out else (reference, reference_labels)
-    nearest, similarity = _nearest(embeddings, against, k, leave_out=leave_out)
+    nearest, similarity = _nearest(embeddings, against, k, excluded=np.arange(len(labels)) if leave_out else None)
     num_classes = int(max(labels.max(), classes.max())) + 1
     votes = np.zeros((len(labels), num_classes))
     rows = np.arange(len(labels))
     for column in range(nearest.shape[1]):
         # Similarities weigh less than a vote: they only break ties.
-        votes[rows, classes[nearest[:, column]]] += 1 + (similarity[:, column] + 1) / (4 * k)
+        vote = 1 + (similarity[:, column] + 1) / (4 * k)
+        votes[rows, classes[nearest[:, column]]] += np.where(np.isfinite(vote), vote, 0)
     return float((votes.argmax(axis=1) == labels).mean())
 
 
-def recall_at(embeddings: Float[np.ndarray, "n dim"], labels: Int[np.ndarray, " n"], ks: tuple[int, ...] = RECALL_AT) -> dict[str, float]:
+def recall_at(
+    embeddings: Float[np.ndarray, "n dim"], labels: Int[np.ndarray, " n"], groups: Int[np.ndarray, " n"], ks: tuple[int, ...] = RECALL_AT
+) -> dict[str, float]:
     """Retrieval among the split's other objects: share of the queries with one of their class among the ``k`` nearest (by cosine), as
-    ``{"recall@k": share}``. A class of one object has nothing to find and asks nothing; without any query 0."""
-    counts = np.bincount(labels)
-    asks = counts[labels] > 1
+    ``{"recall@k": share}``. Exact duplicates of the query (its group) are no answers; a query without another object of its class asks nothing;
+    without any query 0."""
+    groups_of_class = np.bincount(np.unique(np.stack([labels, groups]), axis=1)[0], minlength=int(labels.max()) + 1)
+    asks = groups_of_class[labels] > 1
     if not asks.any():
         return {f"recall@{k}": 0.0 for k in ks}
-    nearest, _ = _nearest(embeddings, embeddings, max(ks), leave_out=True)
-    found = labels[nearest] == labels[:, None]
+    nearest, similarity = _nearest(embeddings, embeddings, max(ks), excluded=groups)
+    found = (labels[nearest] == labels[:, None]) & np.isfinite(similarity)
     return {f"recall@{k}": float(found[asks, :k].any(axis=1).mean()) for k in ks}
 
 
-def _nearest(queries: np.ndarray, gallery: np.ndarray, k: int, *, leave_out: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Positions and cosines [n, k] of the nearest, best first, ties to the lower position; an object is not its own neighbour if ``leave_out``."""
-    k = max(1, min(k, len(gallery) - leave_out))
+def _nearest(queries: np.ndarray, gallery: np.ndarray, k: int, *, excluded: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Positions and cosines [n, k] of the nearest, best first, ties to the lower position.
+
+    Args:
+        excluded: int [n], where queries and gallery are the same objects: those with the same number are not each other's neighbours (cosine -inf).
+    """
+    k = max(1, min(k, len(gallery) - (excluded is not None)))
     positions, values = [], []
     block = max(1, (1 << 24) // max(1, len(gallery)))
+    gallery = gallery.astype(np.float64)
     for start in range(0, len(queries), block):
-        scores = queries[start : start + block].astype(np.float64) @ gallery.astype(np.float64).T
-        if leave_out:
-            rows = np.arange(len(scores))
-            scores[rows, start + rows] = -np.inf
+        scores = queries[start : start + block].astype(np.float64) @ gallery.T
+        if excluded is not None:
+            scores[excluded[start : start + block, None] == excluded[None, :]] = -np.inf
         # Rounding differs with the block; what is equal to seven digits is a tie.
         order = np.argsort(-scores.astype(np.float32), axis=1, kind="stable")[:, :k]
         positions.append(order)
@@ -159,7 +167,7 @@ def embedding_metrics(predictions: Predictions, reference: Predictions | None = 
     return {
         "nearest_centre_accuracy": nearest_centre_accuracy(embeddings, labels, *against),
         "knn_accuracy": neighbour_accuracy(embeddings, labels, *against),
-        **recall_at(embeddings, labels),
+        **recall_at(embeddings, labels, predictions["group"]),
         **cluster_metrics(embeddings, labels, int(predictions["num_clusters"][0])),
     }
 
@@ -168,7 +176,7 @@ def untrained_metrics(columns: Columns, reference: Columns | None) -> dict[str, 
     """Nearest class centre and nearest neighbours on the features as they are, centred on the reference's mean, and ridge regression on the classes
     (standardised features, penalty 100). Without a reference only the first."""
     centre = (columns if reference is None else reference)["features"].mean(axis=0, dtype=np.float64)
-    rows = {"embedding": _unit(columns["features"] - centre), "label": columns["label"], "num_clusters": np.zeros(1, dtype=np.int64)}
+    rows = {"embedding": _unit(columns["features"] - centre), "label": columns["label"], "group": columns["group"], "num_clusters": np.zeros(1, dtype=np.int64)}
     if reference is None:
         return {"features as they are": embedding_metrics(rows)}
     beside = {"embedding": _unit(reference["features"] - centre), "label": reference["label"]}

@@ -154,6 +154,7 @@ def _dendrogram(embeddings: np.ndarray, labels: np.ndarray, class_names: Sequenc
         colours = _colours(len(class_names))
         below = -0.04 * max(1e-9, tree[-1, 2])
         axes.scatter(5 + 10 * np.arange(len(labels)), np.full(len(labels), below), c=[colours[labels[i]] for i in drawn["leaves"]], marker="s", s=14)
+        axes.set_ylim(bottom=2 * below)
         for number in np.unique(labels):
             axes.scatter([], [], color=colours[number], marker="s", label=class_names[number])
         axes.legend(fontsize=8, loc="upper right")
