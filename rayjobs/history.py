@@ -52,6 +52,7 @@ def history_png(task: Task, lines: Sequence[Mapping[str, Any]], *, title: str = 
         axes.set_title(name, fontsize=10)
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         for metric in metrics:
             points = [(line["epoch"], line["metrics"][metric]) for line in lines if math.isfinite(line["metrics"].get(metric, math.nan))]
             axes.plot(*zip(*points, strict=True) if points else ((), ()), marker="." if len(points) < 60 else "", label=metric)

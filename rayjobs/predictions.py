@@ -80,9 +80,9 @@ def predict_split(
 
 def rank() -> int:
     """This worker's number, from 0."""
-    return dist.getrank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
     """Workers of this training."""
-    return dist.getworld_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() else 1

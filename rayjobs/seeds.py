@@ -78,7 +78,7 @@ class LiveSeeds(LiveRuns):
         return len(self._waiting)
 
     def suggest(self, tune_id: str) -> dict[str, Any] | None:
-        if self.stopping or not self._waiting:
+        if self.look() or not self._waiting:
             return None
         seed = self._live[tune_id] = self._waiting.pop(0)
         self._on_start(seed)

@@ -216,13 +216,18 @@ class LiveRuns(ABC):
         self._folder.write_bytes("STOP", b"")
         self.remind()
 
+    def look(self) -> bool:
+        """Whether to stop; also the user's STOP file asks for it."""
+        if not self.stopping and self._folder.exists("STOP"):
+            self.ask_to_stop()
+        return self.stopping
+
     def remind(self) -> None:
-        """Look for the user's STOP file, and ask the running trainings once more: one that was just starting has not seen the first request."""
+        """Look now and then, and ask the running trainings once more: one that was just starting has not seen the first request."""
         now = time.monotonic()
-        if not self.stopping and now - self._looked_at >= _STOP_AGAIN_S:
+        if now - self._looked_at >= _STOP_AGAIN_S:
             self._looked_at = now
-            if self._folder.exists("STOP"):
-                self.ask_to_stop()
+            self.look()
         if not self.stopping or now - self._asked_at < _STOP_AGAIN_S:
             return
         self._asked_at = now
@@ -273,7 +278,7 @@ class LiveSearch(LiveRuns):
 
     def suggest(self, tune_id: str) -> dict[str, Any] | None:
         """The configuration of the next trial: first those that an earlier driver began; None = there is no more."""
-        trial = None if self.stopping else self._next()
+        trial = None if self.look() else self._next()
         if trial is None:
             return None
         self._live[tune_id] = trial.number
@@ -425,6 +430,7 @@ def run_trials(live: LiveRuns, setting: TrialSetting, resources: dict[str, float
     )
     try:
         tuner.fit()
+        live.look()  # the trainings may have seen the STOP file first
     finally:
         if ray.is_initialized():
             folder.delete("ray")
@@ -437,9 +443,10 @@ def run_here(live: LiveRuns, setting: TrialSetting) -> None:
         name = str(number)
         config = live.suggest(name)
         if config is None:
-            return
+            break
         live.observe(name, outcome_of(config, setting, partial(live.observe, name), poll=live.remind))
         live.end(name)
+    live.look()
 
 
 @contextlib.contextmanager

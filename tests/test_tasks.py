@@ -2,7 +2,9 @@
 
 import dataclasses
 import inspect
+import json
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +19,12 @@ from cad_models.common.images import decode_image
 from cad_models.config import differences, from_dict, paths, replace_all, to_dict, value_at
 from cad_models.dataset import DatasetFolder, EmbeddingsManifest, Manifest, build_table, tensor_field
 from cad_models.order import object_rng
-from cad_models.task import Learner, Reject, Row, Task
+from cad_models.task import LABEL_INDEX, InferOptions, Learner, Reject, Row, Task
 from cad_models.tasks import TASKS
+from rayjobs.cli import parse_job
+from rayjobs.infer import InferJob
+from rayjobs.named_runs import command_line
+from rayjobs.train import TrainJob
 
 NUM_OBJECTS = 6
 SEED = 3
@@ -69,17 +75,22 @@ def _prepare(task: Task) -> Prepared:
                 value[column.count] = len(value[column.name])
         tables["embeddings"] = _table(pa.schema(fields), values, items)
         embeddings = EmbeddingsManifest(encoder="hog", encoder_digest=encoder.digest, width=encoder.width, dataset_digest="d", parts=[])
+    labels = [row.objects.get("label", item.label) for row, item in zip(rows, items, strict=True)]
     manifest = Manifest(
         task=task.name, settings=task.prepare_settings(recipe), settings_digest="s", parts=[], num_objects=len(rows), num_groups=len(rows),
         num_quarantined=0, num_ignored=0, splits={"train": len(rows)},
+        labels={name: {"train": labels.count(name)} for name in sorted(set(labels)) if name},
     )  # fmt: skip
+    if LABEL_INDEX in task.columns(recipe)["objects"]:
+        indices = [manifest.class_names.index(label) if label else -1 for label in labels]
+        tables["objects"] = tables["objects"].append_column(LABEL_INDEX, pa.array(indices, pa.int64()))
     signature = task.signature(recipe, {"manifest": manifest, "embeddings": embeddings})
     return Prepared(task, rows, task.examples(tables, recipe), signature)
 
 
 def _table(schema: pa.Schema, values: list[dict], items) -> pa.Table:
-    own = [pa.field(name, pa.string()) for name in ("object_id", "group_id", "split") if name not in schema.names]
-    rows = [{"object_id": i.object_id, "group_id": i.object_id, "split": "train", **v} for i, v in zip(items, values, strict=True)]
+    own = [pa.field(name, pa.string()) for name in ("object_id", "group_id", "split", "label") if name not in schema.names]
+    rows = [{"object_id": i.object_id, "group_id": i.object_id, "split": "train", "label": i.label, **v} for i, v in zip(items, values, strict=True)]
     return build_table(pa.schema([*own, *schema]), rows)
 
 
@@ -101,6 +112,30 @@ def test_task_is_final_and_complete(task):
     assert task.score.name in task.best_metrics.values() and task.score.name.split("/")[0] in task.split_names
     assert type(task.smoke) is type(task.recipe)
     assert pickle.loads(pickle.dumps(task)).name == task.name
+
+
+def test_what_the_task_names_exists(task):
+    assert task.reference_split in ("", *task.split_names) and set(task.report_splits) <= set(task.split_names)
+    assert len(set(task.combine_rules)) == len(task.combine_rules) > 0
+    # A member alone, and loose members, are combined by the first rule: it must do without fitting.
+    assert set(task.fitted_rules) < set(task.combine_rules) and task.combine_rules[0] not in task.fitted_rules
+    assert issubclass(task.infer_options, InferOptions) and pickle.loads(pickle.dumps(task.infer_options())) == task.infer_options()
+    for path, value in paths(task.infer_options()).items():
+        flag = f"--options.{path.replace('_', '-')}"
+        words = [f"--options.no-{path.replace('_', '-')}"] if value is True else [flag] if value is False else [flag, str(value)]
+        options = parse_job(InferJob, ["--task", task.name, "--queries", "q", *words]).options
+        assert type(options) is task.infer_options and (getattr(options, path) is not value or not isinstance(value, bool))
+
+
+def test_named_runs_are_recipes_and_their_dry_run_gives_the_same_job(task):
+    for name, run in task.runs.items():
+        assert name and " " not in name and run.note
+        told = parse_job(TrainJob, ["--task", task.name, "--run", name, "--dataset", "my ds"])
+        assert told.recipe == replace_all(task.recipe, run.changes) and told.seeds == run.seeds
+        again = parse_job(TrainJob, command_line(told)[2:])
+        assert again == dataclasses.replace(told, run="")
+        # The user's flags win.
+        assert parse_job(TrainJob, ["--task", task.name, "--run", name, "--dry-run", "--batch-size", "3"]).recipe.batch_size == 3
 
 
 def test_recipes_survive_json_and_smoke_is_smaller(task):
@@ -150,8 +185,6 @@ def test_inspections_find_the_same_object_under_another_name(task):
 
 
 def test_prepare_settings_are_json_and_follow_the_recipe(task):
-    import json
-
     settings = task.prepare_settings(task.recipe)
     assert json.loads(json.dumps(settings)) == settings
     assert settings != task.prepare_settings(task.smoke)
@@ -215,14 +248,59 @@ def test_predictions_are_deterministic_and_survive_a_checkpoint(task, prepared, 
 def test_evaluation_gives_the_metrics_that_the_task_names(task, prepared):
     with torch.inference_mode():
         predicted = {n: t.numpy() for n, t in fresh_learner(prepared).eval().predict(batch_of(prepared, train=False)).items()}
-    metrics = task.evaluate(predicted)
+    beside = predicted if task.reference_split else None
+    metrics = task.evaluate(predicted, beside)
     assert all(isinstance(value, float) and np.isfinite(value) for value in metrics.values())
     assert {metric.split("/", 1)[1] for metric in task.best_metrics.values()} <= metrics.keys()
-    assert task.evaluate(task.combine([predicted])) == pytest.approx(metrics)
-    combined = task.evaluate(task.combine([predicted, predicted], weights=[1.0, 3.0]))
+    assert task.evaluate(task.combine([predicted]), beside) == pytest.approx(metrics)
+    combined = task.evaluate(task.combine([predicted, predicted], weights=[1.0, 3.0]), beside)
     assert combined == pytest.approx(metrics)  # a member beside itself says nothing new
-    for name, reference in task.references(prepared.columns, small_recipe(task)).items():
+    columns = prepared.columns if task.reference_split else None
+    for name, reference in task.references(prepared.columns, small_recipe(task), columns).items():
         assert name and {n for n in reference} <= metrics.keys()
+
+
+def test_every_rule_combines_what_it_was_fitted_on(task, prepared):
+    members = []
+    for seed in (0, 1):
+        with torch.inference_mode():
+            members.append({n: t.numpy() for n, t in fresh_learner(prepared, seed).eval().predict(batch_of(prepared, train=False)).items()})
+    for rule in task.combine_rules:
+        fitted = task.fit_rule(members, rule=rule)
+        assert json.loads(json.dumps(fitted)) == fitted  # it is kept in ensemble.json
+        assert fitted or rule not in task.fitted_rules
+        together = task.combine(members, rule=rule, fitted=fitted)
+        assert {len(column) for column in together.values()} == {NUM_OBJECTS}
+        beside = together if task.reference_split else None
+        assert all(np.isfinite(value) for value in task.evaluate(together, beside).values())
+        single = task.fit_rule(members[:1], rule=rule)
+        assert task.combine(members[:1], rule=rule, fitted=single).keys() == together.keys()
+
+
+def test_report_is_named_files_that_do_not_differ_from_time_to_time(task, prepared):
+    with torch.inference_mode():
+        predicted = {n: t.numpy() for n, t in fresh_learner(prepared).eval().predict(batch_of(prepared, train=False)).items()}
+    splits = dict.fromkeys((*task.report_splits, task.reference_split))
+    if not task.report_splits:
+        assert type(task).report is Task.report  # else nobody asks for it
+        return
+    beside = predicted if task.reference_split else None
+    metrics = {f"{split}/{name}": value for split in task.report_splits for name, value in task.evaluate(predicted, beside).items()}
+
+    def report():
+        return task.report(
+            {split: predicted for split in splits if split}, recipe=small_recipe(task), signature=prepared.signature, metrics=metrics
+        )
+
+    files = report()
+    assert "index.html" in files and files == report()
+    page = files["index.html"].decode()
+    assert not re.search(r"""(?:src|href)\s*=\s*["']?(?:https?:)?//""", page)
+
+
+def test_learner_names_how_much_it_wants_to_see_first(task, prepared):
+    asked = fresh_learner(prepared).adapt_objects
+    assert asked is None or asked >= 0
 
 
 def test_same_seed_gives_the_same_weights(task, prepared):

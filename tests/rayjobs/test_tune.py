@@ -379,6 +379,7 @@ def test_live_search_asked_to_stop_leaves_running_trials_to_go_on(tmp_path):
         folder=Folder(str(tmp_path)), task=AlignmentTask(), base=BASE, config=CONFIG, on_start=lambda t: None, on_end=lambda t: None
     )
     asked = live.suggest("a")
+    (tmp_path / asked["folder"]).mkdir(parents=True)  # it has begun
     live.ask_to_stop()
     assert (tmp_path / "trials" / asked["digest"] / "STOP").exists() and (tmp_path / "STOP").exists()
     live.observe("a", {"outcome": "stopped"})
