@@ -146,13 +146,17 @@ def given_split(shapes: Shapes, recipe: HistogramRecipe, train: np.ndarray, test
     labels = shapes.labels
     fresh = ~np.isin(shapes.groups[test], shapes.groups[train])
     hits = ridge_classifier().fit(rows[train], labels[train]).predict(rows[test]) == labels[test]
-    everything, unseen = Scores([], [float(hits.mean())]), Scores([], [float(hits[fresh].mean())])
+    everything, unseen = Scores([], [_share(hits)]), Scores([], [_share(hits[fresh])])
     for seed in range(num_seeds):
         learner = fitted(replace(recipe, seed=recipe.seed + seed), rows[train], labels[train], count)
         hits = predicted_classes(learner, rows[train], labels[train], rows[test], count) == labels[test]
-        everything.model.append(float(hits.mean()))
-        unseen.model.append(float(hits[fresh].mean()))
+        everything.model.append(_share(hits))
+        unseen.model.append(_share(hits[fresh]))
     return everything, unseen
+
+
+def _share(hits: np.ndarray) -> float:
+    return float(hits.mean()) if len(hits) else float("nan")
 
 
 def _positions(shapes: Shapes, table: Path) -> np.ndarray:
