@@ -1,10 +1,11 @@
-"""Registry members -> ensemble -> answers: which part does this picture show, and which pictures show this part?
+"""Registry members -> ensemble -> answers: which part does this picture show, which pictures show this part, what class is it?
 
     python rayjobs/infer.py --task alignment --model models:/cad-alignment@champion --queries q/ --gallery g/ --output submission.csv
     python rayjobs/infer.py --task alignment --model models:/cad-alignment/3 --model outputs/run/best --queries q/ --gallery g/
     python rayjobs/infer.py --task alignment --model moe.safetensors:pc_encoder.safetensors --queries test/       # the source system's layout
 
-Images among the queries are searched among the gallery's meshes, and meshes among its images (`bolt_0.png`, `bolt_1.png`: two views of `bolt`).
+Alignment: images among the queries are searched among the gallery's meshes, and meshes among its images (`bolt_0.png`, `bolt_1.png`: two views of
+`bolt`). Where answers are classes there is no gallery.
 Writes the CSV, and beside it a table of ranks and scores (Parquet), a page to look at (HTML), and the files that could not be read.
 """
 
@@ -46,11 +47,11 @@ class InferJob:
     model: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """What answers: models:/<registered model>@<alias> or /<version>, a checkpoint folder, or its files joined by colons; repeat for an ensemble."""
     queries: str = tyro.MISSING
-    """Folder of images, meshes or both."""
+    """Folder of the files that are asked about: images, meshes, whatever the task reads."""
     gallery: str = ""
     """Folder to search in; needed only where answers are files, and not for the source system's layout."""
     output: str = "outputs/submission.csv"
-    """The answers as CSV, in the source system's columns."""
+    """The answers as CSV, in the columns that the task's users expect."""
     table: str = ""
     """Ranks and scores as Parquet; empty = beside the output."""
     page: str = ""

@@ -155,6 +155,9 @@ def claim(folder: Folder, identity: dict[str, Any], recipe_type: type[Recipe]) -
         folder.write_json("search.json", identity)
         return
     before = folder.read_json("search.json")
+    if before["task"] == identity["task"]:
+        # An earlier version may have written it, without fields that were added since.
+        before["recipe"] = to_dict(from_dict(recipe_type, before["recipe"]))
     if before == identity:
         return
     changes = []

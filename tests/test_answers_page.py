@@ -28,6 +28,11 @@ def test_answers_page_cards_hold_queries_answers_and_pictures():
     assert first["answers"] == [["a1", 1.0, 1], ["a2", 0.5, -1]]
 
 
+def test_answers_page_labels_are_told_from_files():
+    data = data_of(answers_page([*answers(1, "image_to_label"), *answers(1)], {}, title="t", labels=["image_to_label"]))
+    assert [(card["direction"], card["labels"]) for card in data["cards"]] == [("image_to_label", True), ("image_to_mesh", False)]
+
+
 def test_answers_page_hostile_names_stay_text():
     evil = "</script><script>alert(1)</script><!--"
     page = answers_page([Answer(direction="d", query=evil, rank=1, answer=evil, score=0.5)], {}, title=evil, notes=[evil])

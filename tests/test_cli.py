@@ -149,6 +149,69 @@ def test_run_job_exits_with_what_main_returns(returned, status):
     assert stopped.value.code == status
 
 
+@pytest.mark.parametrize(
+    "job, flags, told",
+    [
+        ("train", ["--dataset", "ds", "--seeds", "1", "1"], "--seeds 1 1: seeds must be different numbers"),
+        ("train", ["--dataset", "ds", "--seeds", "1", "--combine", "meen"], "did you mean --combine mean?"),
+        ("train", ["--dataset", "ds", "--seeds", "1", "--baselines"], "leave --seeds or --baselines out"),
+        ("train", ["--dataset", "ds", "--register"], "--register is about the members of --seeds"),
+        ("train", ["--run", "ensembel_3", "--dry-run"], "did you mean --run ensemble_3?"),
+        ("tune", ["--dataset", "ds", "--combine", "stacked"], "it has concatenate, mean"),
+        ("infer", ["--queries", "q", "--combine", "soft"], "it has concatenate, mean"),
+    ],
+)
+def test_flags_that_the_task_does_not_know_end_with_status_2_and_a_hint(job, flags, told, capsys):
+    module = importlib.import_module(f"rayjobs.{job}")
+    with pytest.raises(SystemExit) as stopped:
+        run_job(job_type(job), module.main, ["--task", "alignment", *flags])
+    assert stopped.value.code == 2 and told in capsys.readouterr().err
+
+
+@pytest.fixture
+def labels_only(monkeypatch):
+    """A task without embeddings and pictures, with flags of its own for inference."""
+    from cad_models.alignment.task import AlignmentTask
+    from cad_models.task import InferOptions
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(InferOptions):
+        flips: bool = False
+        order: str = "numeric"
+
+    class LabelsTask(AlignmentTask):
+        name = "labels"
+        embed_columns = ()
+        infer_options = Options
+
+    monkeypatch.setitem(TASKS, "labels", LabelsTask())
+    return Options
+
+
+def test_embed_and_preview_of_a_task_without_pictures_end_with_status_2(labels_only, capsys):
+    for job, flags, told in (
+        ("embed", ["--dataset", "ds"], "--task labels reads no frozen embeddings"),
+        ("prepare", ["--source", "s", "--dataset", "ds", "--preview", "x.png"], "--preview x.png: the objects of --task labels have no pictures"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            run_job(job_type(job), importlib.import_module(f"rayjobs.{job}").main, ["--task", "labels", *flags])
+        assert stopped.value.code == 2 and told in capsys.readouterr().err
+
+
+def test_infer_options_of_the_task_are_flags(labels_only, capsys):
+    assert parse_job(job_type("infer"), ["--task", "labels", "--queries", "q"]).options == labels_only()
+    given = parse_job(job_type("infer"), ["--task", "labels", "--queries", "q", "--options.flips", "--options.order", "file"]).options
+    assert given == labels_only(flips=True, order="file")
+    assert "--options.flips" in refused(capsys, ["--task", "alignment", "--queries", "q", "--options.flips"], job_type("infer"))
+
+
+def test_list_runs_and_dry_run_need_no_dataset(capsys):
+    for flags, told in ((["--list-runs"], "ensemble_3: three seeds"), (["--run", "moe", "--dry-run"], "--model.num-experts 8")):
+        with pytest.raises(SystemExit) as stopped:
+            run_job(job_type("train"), importlib.import_module("rayjobs.train").main, ["--task", "alignment", *flags])
+        assert stopped.value.code == 0 and told in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("job", JOBS)
 def test_help_is_quick_and_loads_no_heavy_library(job):
     code = (

@@ -131,6 +131,21 @@ def test_replace_all_of_every_path_with_its_own_value_changes_nothing():
     assert differences(recipe, recipe) == []
 
 
+def test_replace_all_needs_the_values_to_fit_only_together():
+    assert replace_all(ScheduleConfig(), {"num_epochs": 2, "num_warmup_epochs": 0.5}).num_epochs == 2
+    with pytest.raises(ValueError, match="num-warmup-epochs 2"):
+        replace_all(ScheduleConfig(), {"num_epochs": 2})
+
+
+def test_recipe_written_before_a_field_was_added_has_its_default():
+    written = to_dict(AlignmentRecipe())
+    del written["schedule"]["patience_evals"]
+    assert from_dict(AlignmentRecipe, written) == AlignmentRecipe()
+    del written["schedule"]["num_epochs"]
+    with pytest.raises(ValueError, match="missing num_epochs"):
+        from_dict(AlignmentRecipe, written)
+
+
 def test_differences_between_classes_name_fields_of_one_side():
     assert "layers.limit: None -> None" not in differences(LayeredRecipe(), AlignmentRecipe())
     assert "model.embed_dim: None -> 512" in differences(LayeredRecipe(), AlignmentRecipe())
@@ -155,6 +170,9 @@ def test_digest_differs_for_every_changed_leaf_and_is_pinned():
         (lambda: OptimConfig(lr=float("nan")), "--optim.lr is nan"),
         (lambda: ScheduleConfig(num_epochs=0), "--schedule.num-epochs is 0: it must be at least 1"),
         (lambda: ScheduleConfig(eval_every_epochs=0), "--schedule.eval-every-epochs is 0"),
+        (lambda: ScheduleConfig(patience_evals=-1), "--schedule.patience-evals is -1"),
+        (lambda: ScheduleConfig(num_epochs=2), "--schedule.num-warmup-epochs 2 does not fit into --schedule.num-epochs 2: it must be less"),
+        (lambda: ScheduleConfig(num_epochs=3, num_warmup_epochs=9.5), "--schedule.num-warmup-epochs 9.5 .* --schedule.num-epochs 3"),
         (lambda: AlignmentRecipe(batch_size=-3), "--batch-size is -3"),
         (lambda: AlignmentRecipe(seed=-1), "--seed is -1"),
         (lambda: replace_at(AlignmentRecipe(), "data.num_query_views", 0), "--data.num-query-views is 0"),

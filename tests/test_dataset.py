@@ -51,6 +51,29 @@ def manifest_of(**changes):
     return Manifest(**{**values, **changes})
 
 
+# --- labels ---------------------------------------------------------------------------------------------------------------------------------
+def test_manifest_tells_the_classes_and_their_counts(dataset):
+    dataset.write_manifest(manifest_of(labels={"nut": {"train": 3}, "bolt": {"test": 1, "train": 2}}))
+    found = dataset.manifest()
+    assert found.class_names == ("bolt", "nut")
+    assert found.class_counts("train") == {"bolt": 2, "nut": 3} and found.class_counts("test") == {"bolt": 1, "nut": 0}
+    # They are the parts' content told again: no part of what identifies the dataset.
+    assert found.digest == manifest_of().digest
+
+
+def test_manifest_of_an_earlier_version_asks_for_prepare_only_where_labels_are_needed(dataset):
+    dataset.write_manifest(manifest_of())
+    written = dataset.folder.read_json("manifest.json")
+    del written["labels"]
+    dataset.folder.write_json("manifest.json", written)
+    found = dataset.manifest()
+    assert found.num_objects == 2
+    with pytest.raises(DatasetError, match="run the same prepare.py command again"):
+        _ = found.class_names
+    with pytest.raises(DatasetError, match="no object of the dataset has a label"):
+        _ = manifest_of(labels={}).class_names
+
+
 # --- tensor columns -------------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "uint8", "int64"])
 def test_tensor_column_fixed_shape_survives_the_file(dataset, dtype):

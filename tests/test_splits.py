@@ -8,10 +8,10 @@ import pytest
 from cad_models.splits import SplitConfig, apply_split_csv, draw_splits, read_split_csv
 
 
-def drawn(kind: str, group, complexity=None, **values) -> list[str]:
+def drawn(kind: str, group, complexity=None, label=(), **values) -> list[str]:
     group = [int(g) for g in group]
     complexity = [1.0] * len(group) if complexity is None else [float(c) for c in complexity]
-    return draw_splits(SplitConfig(kind=kind, **values), group, complexity)
+    return draw_splits(SplitConfig(kind=kind, **values), group, complexity, label)
 
 
 @pytest.mark.parametrize("kind", ["random", "stratified"])
@@ -46,6 +46,16 @@ def test_draw_stratified_puts_the_fraction_of_each_quantile_into_each_split():
     order = np.argsort(complexity)
     for members in np.array_split(order, 20):
         assert Counter(splits[members].tolist()) == {"train": 40, "val": 5, "test": 5}
+
+
+def test_draw_by_label_puts_the_fraction_of_each_class_into_each_split_and_divides_no_group():
+    label = np.repeat(["bolt", "nut", "washer"], [200, 60, 20])
+    splits = np.array(drawn("label", range(280), label=label.tolist(), val_fraction=0.2, test_fraction=0.1))
+    for name, count in (("bolt", 200), ("nut", 60), ("washer", 20)):
+        assert Counter(splits[label == name].tolist()) == {"train": 0.7 * count, "val": 0.2 * count, "test": 0.1 * count}
+    group = np.arange(280) // 4
+    splits = np.array(drawn("label", group, label=label.tolist(), val_fraction=0.2, test_fraction=0.1))
+    assert all(len(set(splits[group == g])) == 1 for g in range(70))
 
 
 def test_draw_with_another_seed_differs_and_with_the_same_is_equal():

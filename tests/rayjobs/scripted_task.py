@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from cad_models.alignment.task import AlignmentTask
+from cad_models.common.images import encode_png
 from cad_models.dataset import tensor_field
 from cad_models.task import Inspection, Listing, RawItem, Reject, Row
 
@@ -53,6 +54,24 @@ class ScriptedTask(AlignmentTask):
 
     def schemas(self, recipe: Any) -> dict[str, pa.Schema]:
         return {"objects": pa.schema([tensor_field("points", "float32", (4, 3))]), "views": pa.schema([("images", pa.list_(pa.binary()))])}
+
+
+class PictureTask(ScriptedTask):
+    """Objects without views; one picture each, a gray of its size, in ``objects/``."""
+
+    name = "pictures"
+    embed_columns = ()
+    preview_source = ("objects", "picture")
+
+    def prepare(self, item: RawItem, recipe: Any) -> Row | Reject:
+        row = super().prepare(item, recipe)
+        if isinstance(row, Reject):
+            return row
+        gray = np.full((8, 8, 3), int(_words(item).get("size", 1)), dtype=np.uint8)
+        return Row(objects={**row.objects, "picture": encode_png(gray)}, rejects=row.rejects)
+
+    def schemas(self, recipe: Any) -> dict[str, pa.Schema]:
+        return {"objects": pa.schema([tensor_field("points", "float32", (4, 3)), ("picture", pa.binary())])}
 
 
 def _words(item: RawItem) -> dict[str, str]:

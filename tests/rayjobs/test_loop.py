@@ -492,6 +492,25 @@ def test_two_processes_train_what_one_trains(dataset, undisturbed, tmp_path):
     assert results[0]["test/recall@3"] == results[1]["test/recall@3"]
 
 
+def _worsening_rank(rank: int, config: LoopConfig, rendezvous: str) -> None:
+    TASKS["worsening"] = WorseningTask()  # of this process alone
+    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    try:
+        ScoredTraining(config).run()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_run_out_of_patience_and_report_like_one(worsening, tmp_path):
+    ScoredTraining(worsening(tmp_path / "one", 2)).run()
+    mp.spawn(_worsening_rank, args=(worsening(tmp_path / "two", 2), str(tmp_path / "rendezvous")), nprocs=2)
+    for name in ("training_history.csv", "report/index.html"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    one, two = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two"))
+    assert one["ended"] == two["ended"] and one["num_epochs"] == two["num_epochs"] == 4
+
+
 def _killed_rank(rank: int, config: LoopConfig, rendezvous: str, killed_at: int) -> None:
     step = Training._step
 

@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from cad_models.dataset import DatasetFolder, Folder
+from cad_models.dataset import DatasetFolder, Folder, Manifest, to_numpy
 from cad_models.splits import SplitConfig
 from cad_models.task import Inspection, RawItem, Reject
 from rayjobs.folder_lock import locked
@@ -19,6 +20,7 @@ from rayjobs.preparation import (
     Limits,
     ObjectProcess,
     PartPlan,
+    count_labels,
     finished_part,
     inspect_chunk,
     make_part,
@@ -29,8 +31,8 @@ from rayjobs.preparation import (
     unique_items,
     unpack_items,
 )
-from rayjobs.prepare import PrepareJob, assign, check_flags
-from tests.rayjobs.scripted_task import ScriptedTask
+from rayjobs.prepare import PrepareJob, assign, check_flags, sum_labels
+from tests.rayjobs.scripted_task import PictureTask, ScriptedTask
 from tests.shared import REPOSITORY, shared_path
 
 TASK = ScriptedTask()
@@ -222,6 +224,44 @@ def test_make_part_gives_the_rows_of_the_plan(source, dataset):
     assert result.part["num_rows"] == 4 and sum(result.part["splits"].values()) == 4
     assert result.part["objects"] == dataset.part_info("objects", 0).sha256
     assert result.part["views"] == dataset.part_info("views", 0).sha256
+
+
+def test_labels_are_counted_by_split_in_made_and_in_reused_parts(source, dataset):
+    (source / "b0.txt").write_text("size=20")
+    (source / "b1.txt").write_text("prepare:reject")
+    plans, _ = planned(source, dataset)
+    made = make_all(dataset, plans)
+    found = sum_labels([result.labels for result in made])
+    rows = [row for i in range(len(plans)) for row in dataset.read_part("objects", i, ["label", "split"]).to_pylist()]
+    assert sum(found["a"].values()) == 10 and sum(found["b"].values()) == 1 and list(found) == ["a", "b"]
+    assert found == {name: dict(sorted(Counter(row["split"] for row in rows if row["label"] == name).items())) for name in ("a", "b")}
+    reused = [finished_part(dataset, plan, KINDS, LIMITS, result.part) for plan, result in zip(plans, made, strict=True)]
+    assert [result.labels for result in reused] == [result.labels for result in made]
+
+
+def test_parts_of_a_task_without_views_are_objects_alone_and_show_their_pictures(source, dataset, tmp_path):
+    from PIL import Image
+
+    from rayjobs.contact_sheet import write_contact_sheet
+
+    task = PictureTask()
+    plans, _ = planned(source, dataset)
+    made = [make_part(dataset, plan, task, RECIPE, LIMITS, lambda item: task.prepare(item, RECIPE)) for plan in plans]
+    assert not dataset.folder.exists("views") and all(set(r.part) == {"key", "num_rows", "splits", "objects"} for r in made)
+    assert [finished_part(dataset, p, ["objects"], LIMITS, None).labels for p in plans] == [r.labels for r in made]
+    manifest = Manifest(
+        task=task.name, settings={}, settings_digest="s", parts=[r.part for r in made], num_objects=10, num_groups=10, num_quarantined=0,
+        num_ignored=0, splits={},
+    )  # fmt: skip
+    sheet = Image.open(write_contact_sheet(dataset, manifest, task, tmp_path / "sheet.png"))
+    # The middle of the first cell: the gray of the first object of the first part.
+    first = int(to_numpy(dataset.read_part("objects", 0, ["points"]), "points")[0, 0, 0])
+    assert sheet.getpixel((80, 80)) == (first,) * 3
+
+
+def test_objects_without_a_label_are_not_counted():
+    rows = [{"label": "", "split": "train"}, {"label": "x", "split": "val"}]
+    assert count_labels(rows) == {"x": {"val": 1}}
 
 
 def test_make_part_leaves_out_rejected_objects_and_keeps_them_in_its_notes(source, dataset):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from cad_models.alignment.recipe import SMOKE
 from cad_models.common.encoders import encoder_folder
 from cad_models.config import replace_all, replace_at
 from cad_models.dataset import DatasetError
+from cad_models.task import LABEL_INDEX
 from cad_models.tasks import TASKS
 from rayjobs.streams import ROW_KEY, SplitStream, concatenated, open_dataset, read_examples
 from tests.synthetic import WIDTH, make_dataset
@@ -46,6 +48,34 @@ def by_row(columns):
             row[name] = row[name][: row[f"num_{name}"]]
         rows[key] = row
     return rows
+
+
+class LabelledTask(type(TASK)):
+    """In place of the room: it reads the number of each object's class."""
+
+    def columns(self, recipe):
+        kinds = super().columns(recipe)
+        return {**kinds, "objects": [*kinds["objects"], LABEL_INDEX]}
+
+    def examples(self, tables, recipe):
+        return {**super().examples(tables, recipe), "class": tables["objects"].column(LABEL_INDEX).to_numpy()}
+
+
+@pytest.mark.parametrize(
+    "labels, expected",
+    [({"box": {"train": 72}, "anvil": {"test": 1}, "cone": {}}, 1), ({"cone": {"train": 1}}, -1), (None, "run the same prepare.py"), ({}, "no object")],
+)
+def test_label_index_is_the_position_among_the_sorted_classes_of_all_splits(dataset, monkeypatch, labels, expected):
+    monkeypatch.setitem(TASKS, "alignment", LabelledTask())
+    opened = open_dataset(dataset.uri, TASKS["alignment"], RECIPE)
+    opened = replace(opened, manifest=replace(opened.manifest, labels=labels))
+    index = next(i for i, part in enumerate(opened.manifest.parts) if "train" in part["splits"])
+    if isinstance(expected, str):
+        with pytest.raises(DatasetError, match=expected):
+            read_examples(opened, RECIPE, "train", index)
+        return
+    columns = read_examples(opened, RECIPE, "train", index)  # every object of the synthetic set is a box
+    assert columns["class"].dtype == np.int64 and columns["class"].tolist() == [expected] * 4
 
 
 # --- reading ------------------------------------------------------------------------------------------------------------------------------

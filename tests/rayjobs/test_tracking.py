@@ -10,6 +10,7 @@ import pytest
 
 from cad_models.checkpoint import CheckpointError
 from cad_models.ensemble import load_ensemble, pack, read_ensemble, unpack, write_ensemble
+from cad_models.tasks import TASKS
 from rayjobs.cli import TrackingConfig
 from rayjobs.courier import MetricsCourier
 from rayjobs.registry import Registry, gather_ensemble
@@ -22,7 +23,7 @@ from rayjobs.tracking import (
     open_tracking,
     tracked_name,
 )
-from tests.rayjobs.members import write_tiny_member
+from tests.rayjobs.members import TASK, write_tiny_member
 from tests.shared import REPOSITORY
 
 
@@ -51,6 +52,36 @@ def registered(tracking, checkpoints):
     ensemble = registry.register_ensemble(members, score=0.7)
     registry.move_alias(ensemble)
     return registry, members, ensemble
+
+
+class StackedTask(type(TASK)):
+    """In place of the room: a rule that cannot do without fitting."""
+
+    combine_rules = ("concatenate", "mean", "stacked")
+    fitted_rules = ("stacked",)
+
+
+def test_fitted_ensemble_keeps_what_was_fitted_and_its_digest_covers_it(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setitem(TASKS, "alignment", StackedTask())
+    entry = write_ensemble(tmp_path / "e", checkpoints, rule="stacked", fitted={"slope": [1.0, 2.5]})
+    assert read_ensemble(tmp_path / "e") == entry and load_ensemble(tmp_path / "e").fitted == {"slope": [1.0, 2.5]}
+    other = write_ensemble(tmp_path / "f", checkpoints, rule="stacked", fitted={"slope": [1.0, 2.0]})
+    assert entry.digest != other.digest
+    # Found again by a single name, as long as the rule is the same.
+    again = gather_ensemble([str(tmp_path / "e")], tmp_path / "g", tracking=None)
+    assert again.rule == "stacked" and again.fitted == entry.fitted and again.digest == entry.digest
+    plain = gather_ensemble([str(tmp_path / "e")], tmp_path / "h", tracking=None, rule="mean")
+    assert plain.rule == "mean" and plain.fitted == {}
+
+
+def test_fitted_rule_for_loose_members_says_what_is_missing(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setitem(TASKS, "alignment", StackedTask())
+    names = [str(path) for path in checkpoints]
+    with pytest.raises(ValueError, match="--combine stacked needs what was fitted on validation predictions.*choose one of concatenate, mean"):
+        gather_ensemble(names, tmp_path / "e", tracking=None, rule="stacked")
+    with pytest.raises(ValueError, match="--combine 'soft' is no ensemble rule"):
+        gather_ensemble(names, tmp_path / "f", tracking=None, rule="soft")
+    assert gather_ensemble(names, tmp_path / "g", tracking=None).rule == "concatenate"
 
 
 def write_lines(run_folder: Path, steps: list[int]) -> None:

@@ -239,6 +239,10 @@ def test_claim_another_base_recipe_names_both_sides(tmp_path):
     folder = Folder(str(tmp_path))
     claim(folder, search_identity(AlignmentTask(), BASE, "abc", CONFIG), type(BASE))
     claim(folder, search_identity(AlignmentTask(), BASE, "abc", replace(CONFIG, num_samples=99, max_concurrent=3)), type(BASE))
+    written = folder.read_json("search.json")
+    del written["recipe"]["schedule"]["patience_evals"]  # as an earlier version left it
+    folder.write_json("search.json", written)
+    claim(folder, search_identity(AlignmentTask(), BASE, "abc", CONFIG), type(BASE))
     other = replace(BASE, optim=replace(BASE.optim, lr=0.125))
     with pytest.raises(SearchError, match=r"optim.lr: 0.0005 -> 0.125.*dataset_digest: abc -> def"):
         claim(folder, search_identity(AlignmentTask(), other, "def", CONFIG), type(BASE))
