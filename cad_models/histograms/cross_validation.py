@@ -193,7 +193,7 @@ def main() -> None:
     changes = {} if arguments.recipe == "default" else HistogramTask.runs[arguments.recipe].changes
     recipe = replace_all(RECIPE, changes)
     try:
-        own = [list(recipe.data.inputs)] if arguments.recipe == "source_baseline" else [["model"], ["hull"], ["model", "hull"]]
+        own = [list(recipe.data.inputs)] if arguments.recipe.startswith("source_") else [["model"], ["hull"], ["model", "hull"]]
         choices = [arguments.inputs] if arguments.inputs else own
         recipes = [replace_all(recipe, {"data.inputs": inputs}) for inputs in choices]
         shapes = load_shapes(arguments.source, recipe.data.log2_chords)

@@ -6,13 +6,19 @@ service's own in every published file, and no table knows it.
 
 Tables: columns ``uuid, obj_name`` with or without ``hist``, a printed torch tensor over several lines (four decimals: lossy); or ``h0 … h127``; or no
 header and two columns, id and object name. Blender's number at the end of a name (``Torus.011``) is cut off.
+
+The published split as a CSV file for ``prepare.py --split.kind csv`` (add ``--split.divide-duplicates`` to take it as it is):
+
+    python -m cad_models.histograms.published --train train.tsv --val valid.tsv --out split.csv
 """
 
+import argparse
 import csv
 import io
 import json
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
@@ -187,3 +193,30 @@ def parse_tensor(text: str, length: int) -> Float[np.ndarray, " length"]:
 def table_histograms(values: Float[np.ndarray, " 128"]) -> Histograms:
     """What a table's 128 numbers are: the model histograms with 32 bins."""
     return {("model", kind, TABLE_BINS): values[i * TABLE_BINS : (i + 1) * TABLE_BINS] for i, kind in enumerate(KINDS)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for split in ("train", "val", "test"):
+        parser.add_argument(f"--{split}", type=Path, help=f"table of the {split} split")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    lines = ["model_id,split"]
+    for split in ("train", "val", "test"):
+        path = getattr(arguments, split)
+        if path is None:
+            continue
+        if not path.is_file():
+            parser.error(f"--{split} {path}: there is no such file")
+        table = read_table(path.read_text(), delimiter="," if path.suffix.lower() == ".csv" else "\t")
+        if table is None:
+            parser.error(f"--{split} {path} is no table of shapes: it needs the columns uuid, obj_name")
+        lines += [f"{object_id},{split}" for object_id in table.labels]
+    if len(lines) == 1:
+        parser.error("name at least one table: --train, --val or --test")
+    arguments.out.write_text("\n".join(lines) + "\n")
+    print(f"{len(lines) - 1:,} shapes in {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

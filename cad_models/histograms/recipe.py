@@ -145,6 +145,9 @@ SOURCE_BASELINE = {
 }
 """The source system's published model: 128 -> 4 x 32 -> 16 without activations, pairwise cosine loss, batches of 8, the checkpoint of epoch 400."""
 
+SOURCE_WITH_ACTIVATIONS = SOURCE_BASELINE | {"model.activation": "relu", "model.standardize": True}
+"""The same network and loss as they are usually meant: ReLU after the hidden layers, standardised inputs."""
+
 PUBLISHED_HISTOGRAMS = {
     "data.inputs": ["model", "hull"],
     "model.width": 64,

@@ -108,12 +108,15 @@ class ShapeMeasure:
         return counts / max(1, total)
 
 
-def measure(vertices: Float[np.ndarray, "v 3"], faces: Int[np.ndarray, "f 3"], *, log2_chords: int = 14) -> ShapeMeasure:
+def measure(
+    vertices: Float[np.ndarray, "v 3"], faces: Int[np.ndarray, "f 3"], *, log2_chords: int = 14, ball: tuple[np.ndarray, float] | None = None
+) -> ShapeMeasure:
     """Cast the chords at one closed or open surface, and spread points on it.
 
     Args:
         vertices: Any units and position.
         log2_chords: See :func:`chords`.
+        ball: Centre and radius of the bounding sphere, where they are known.
 
     Raises:
         BadMesh: ``zero_area``: all vertices are one point.
@@ -122,7 +125,7 @@ def measure(vertices: Float[np.ndarray, "v 3"], faces: Int[np.ndarray, "f 3"], *
     from embreex.rtcore_scene import EmbreeScene
 
     corners = vertices[faces]
-    centre, radius = smallest_enclosing_ball(_distinct(corners.reshape(-1, 3)))
+    centre, radius = ball or smallest_enclosing_ball(np.unique(corners.reshape(-1, 3), axis=0))
     if not radius > 0:
         raise BadMesh("zero_area", "all vertices are one point")
     corners = (corners - centre) / (2 * radius)
@@ -135,16 +138,6 @@ def measure(vertices: Float[np.ndarray, "v 3"], faces: Int[np.ndarray, "f 3"], *
     hit = (found["primID"] >= 0) & (depth <= rays.lengths)
     distances = 2 * np.linalg.norm(surface_points(corners), axis=1)
     return ShapeMeasure(depths=depth[hit], missed=rays.lengths[~hit].astype(np.float64), distances=distances)
-
-
-def _distinct(points: np.ndarray) -> np.ndarray:
-    """Only the hull's corners decide about the ball; where they span no volume (a flat sheet), all points do."""
-    from scipy.spatial import ConvexHull, QhullError
-
-    try:
-        return points[ConvexHull(points).vertices]
-    except (QhullError, ValueError):
-        return np.unique(points, axis=0)
 
 
 def surface_points(corners: Float[np.ndarray, "f 3 3"], count: int = _NUM_AREA_SAMPLES) -> Float[np.ndarray, "count 3"]:
@@ -165,7 +158,7 @@ def convex_hull(vertices: Float[np.ndarray, "v 3"]) -> tuple[Float[np.ndarray, "
     """The convex hull as a triangle mesh.
 
     Raises:
-        BadMesh: ``flat``-like shapes span no volume and have no hull.
+        BadMesh: ``zero_area``: the points are flat or a line.
     """
     from scipy.spatial import ConvexHull, QhullError
 
@@ -179,7 +172,9 @@ def convex_hull(vertices: Float[np.ndarray, "v 3"]) -> tuple[Float[np.ndarray, "
 def shape_histograms(mesh: Mesh, *, log2_chords: int = 14) -> dict[tuple[str, str, int], np.ndarray]:
     """All 40 histograms of a mesh: (part, kind, bins) -> float64 [bins], in the order of the published files."""
     vertices, faces = np.asarray(mesh.vertices, dtype=np.float64), np.asarray(mesh.faces)
-    measures = {"model": measure(vertices, faces, log2_chords=log2_chords)}
     hull_vertices, hull_faces = convex_hull(vertices)
-    measures["hull"] = measure(hull_vertices, hull_faces, log2_chords=log2_chords)
+    # Only the hull's corners decide about the sphere, which is the same for both.
+    ball = smallest_enclosing_ball(hull_vertices[np.unique(hull_faces)])
+    parts = {"model": (vertices, faces), "hull": (hull_vertices, hull_faces)}
+    measures = {name: measure(*part, log2_chords=log2_chords, ball=ball) for name, part in parts.items()}
     return {(part, kind, bins): measures[part].histogram(kind, bins) for part in PARTS for bins in BINS for kind in KINDS}

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from cad_models.config import Recipe, replace_all
-from cad_models.histograms.recipe import PUBLISHED_HISTOGRAMS, RECIPE, SMOKE, SOURCE_BASELINE, HistogramRecipe
+from cad_models.histograms.recipe import PUBLISHED_HISTOGRAMS, RECIPE, SMOKE, SOURCE_BASELINE, SOURCE_WITH_ACTIVATIONS, HistogramRecipe
 from cad_models.task import (
     LABEL_INDEX,
     Answer,
@@ -79,6 +79,9 @@ class HistogramTask(Task):
         "source_baseline": NamedRun(
             changes=SOURCE_BASELINE,
             note="the source system's published model: 128 -> 4 x 32 -> 16 without activations, pairwise cosine loss, 400 epochs, batches of 8",
+        ),
+        "source_with_activations": NamedRun(
+            changes=SOURCE_WITH_ACTIVATIONS, note="the same network and loss with ReLU and standardised inputs"
         ),
         "published_histograms": NamedRun(
             changes=PUBLISHED_HISTOGRAMS, seeds=(0, 1, 2), note="for the source system's JSON files: model and hull histograms, 128 bins each"

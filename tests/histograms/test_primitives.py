@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from cad_models.common.meshes import Mesh, group_duplicates, geometry_signature, mesh_facts, read_mesh
+from cad_models.common.meshes import Mesh, geometry_signature, group_duplicates, mesh_facts, read_mesh
 from cad_models.histograms.primitives import CLASSES, SOURCE_CLASSES, _primitive, generate_shape, random_rotation, write_shapes
 
 

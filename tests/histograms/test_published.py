@@ -101,3 +101,19 @@ def test_other_tables_are_none_of_ours():
     assert read_table("x,y,z\n1,2,3\n", delimiter=",") is None
     assert read_table("", delimiter=",") is None
     assert read_table("a1\tTorus.011\nb2\tCube\n", delimiter="\t").labels == {"a1": "Torus", "b2": "Cube"}
+
+
+def test_published_split_becomes_a_csv_that_prepare_reads(tmp_path, monkeypatch):
+    from cad_models.histograms import published
+    from cad_models.splits import read_split_csv
+
+    (tmp_path / "train.tsv").write_text("a\tTorus.011\nb\tCube\n")
+    (tmp_path / "valid.tsv").write_text("c\tCone\n")
+    flags = ["--train", str(tmp_path / "train.tsv"), "--val", str(tmp_path / "valid.tsv"), "--out", str(tmp_path / "split.csv")]
+    monkeypatch.setattr("sys.argv", ["published", *flags])
+    published.main()
+    assert read_split_csv((tmp_path / "split.csv").read_text()) == {"a": "train", "b": "train", "c": "val"}
+    monkeypatch.setattr("sys.argv", ["published", "--train", str(tmp_path / "gone.tsv"), "--out", "x"])
+    with pytest.raises(SystemExit) as stopped:
+        published.main()
+    assert stopped.value.code == 2

@@ -161,5 +161,6 @@ def test_smallest_ball_of_random_points_is_small_and_holds_them():
         points = rng.standard_normal((int(rng.integers(2, 60)), 3)) * rng.uniform(0.1, 5, 3)
         centre, radius = smallest_enclosing_ball(points)
         assert np.linalg.norm(points - centre, axis=1).max() <= radius * (1 + 1e-9)
-        best = minimize(lambda c: np.linalg.norm(points - c, axis=1).max(), points.mean(axis=0), method="Nelder-Mead", options={"xatol": 1e-7, "fatol": 1e-9})
+        start, options = points.mean(axis=0), {"xatol": 1e-7, "fatol": 1e-9}
+        best = minimize(lambda c, p: np.linalg.norm(p - c, axis=1).max(), start, args=(points,), method="Nelder-Mead", options=options)
         assert radius <= best.fun + 1e-6
