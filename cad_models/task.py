@@ -6,9 +6,9 @@ How a job uses a task::
 
     prepare   list_raw -> inspect (parallel, isolated) -> duplicates -> splits -> prepare (parallel, isolated) -> part files
     embed     the views of a part -> frozen encoder -> embeddings of the same part
-    train     examples (parallel) -> collate -> Learner.forward ... Learner.predict -> evaluate
-    tune      search_space -> recipes -> train; combine + evaluate decide about the champion
-    infer     list_requests -> read_input (parallel, isolated) -> Predictor.predict -> rank -> submission
+    train     examples (parallel) -> collate -> Learner.forward ... Learner.predict -> evaluate; report. --run: runs; --seeds: fit_rule, combine
+    tune      search_space -> recipes -> train; fit_rule + combine + evaluate decide about the champion
+    infer     list_requests -> read_input (parallel, isolated) -> Predictor.predict -> rank -> submission; flags of its own: infer_options
 """
 
 from abc import ABC, abstractmethod

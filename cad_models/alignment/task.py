@@ -64,6 +64,7 @@ RUNS = {
     "recon_large": NamedRun(
         changes={
             "model.size": "large",
+            "model.channels": "xyz",
             "model.num_points": 10_000,
             "model.embed_dim": 1_280,
             "model.num_experts": 8,
@@ -76,6 +77,7 @@ RUNS = {
             "optim.head_lr": 2e-4,
             "optim.weight_decay": 0.05,
             "optim.grad_clip_norm": 10.0,
+            "optim.ema_decay": 0.0,
             "schedule.num_epochs": 40,
             "schedule.num_warmup_epochs": 10.0,
             "batch_size": 32,
