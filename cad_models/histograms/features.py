@@ -24,6 +24,12 @@ def stored_histograms(histograms: Histograms) -> Float[np.ndarray, "2 4 248"]:
     return stored
 
 
+def given_histograms(stored: Float[np.ndarray, "2 4 248"]) -> Histograms:
+    """The inverse of :func:`stored_histograms`: what is not NaN, in the published order."""
+    found = {(part, kind, bins): stored[p, k, _slice(bins)] for p, part in enumerate(PARTS) for bins in BINS for k, kind in enumerate(KINDS)}
+    return {key: values for key, values in found.items() if not np.isnan(values).any()}
+
+
 def _slice(bins: int) -> slice:
     start = sum(BINS[: BINS.index(bins)])
     return slice(start, start + bins)

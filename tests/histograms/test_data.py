@@ -184,3 +184,32 @@ def test_recipes_that_cannot_be_meant_are_refused_in_the_flags_words():
     ):
         with pytest.raises(ValueError, match=message):
             replace_all(SMOKE, changes)
+
+
+# --- export -------------------------------------------------------------------------------------------------------------------------------
+def test_exported_dataset_is_a_source_with_the_same_histograms(tmp_path):
+    import pyarrow as pa
+
+    from cad_models.dataset import DatasetFolder, Manifest
+    from cad_models.histograms.data import read_shape
+    from cad_models.histograms.export_json import export
+
+    dataset = DatasetFolder(str(tmp_path / "ds"))
+    _, histograms, distributions = stored()
+    histograms[1, 1] = np.nan  # an object of a table: no hull
+    schema = pa.schema([("object_id", pa.string()), ("label", pa.string()), *schemas()["objects"]])
+    rows = [
+        {"object_id": name, "label": label, "histograms": h, "distributions": d}
+        for name, label, h, d in zip(("a", "Cube/b", "c"), ("Cone", "Cube", "Torus"), histograms, distributions, strict=True)
+    ]
+    dataset.write_part("objects", 0, build_table(schema, rows), key="k")
+    manifest = {"settings": {}, "settings_digest": "s", "num_objects": 3, "num_groups": 3, "num_quarantined": 0, "num_ignored": 0, "splits": {"train": 3}}
+    dataset.write_manifest(Manifest(task="histograms", parts=[{"name": "part-00000.parquet"}], **manifest))
+    assert export(dataset, tmp_path / "json") == 3
+    items = list_source(str(tmp_path / "json")).items
+    assert [(i.object_id, i.label) for i in items] == [("Cube_b", "Cube"), ("a", "Cone"), ("c", "Torus")]
+    for item, row in zip(items, (1, 0, 2), strict=True):
+        np.testing.assert_array_equal(stored_histograms(read_shape(item.uri)[0]), histograms[row])
+    dataset.write_manifest(Manifest(task="alignment", parts=[], **manifest))
+    with pytest.raises(DatasetError, match="--task alignment"):
+        export(dataset, tmp_path / "json")
