@@ -32,6 +32,8 @@ _READ_THREADS = 8
 
 # Windows that a worker has read ahead, each by a task somewhere in the cluster.
 _READ_TASKS = 2
+# What they have read and nobody has taken yet. Without a bound Ray Data reads ahead until its share of the object store is full.
+_READ_AHEAD_BYTES = 64 * 10**6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +248,7 @@ def _ordered(items: list[dict[str, Any]]) -> "ray.data.Dataset":
     context = ray.data.DataContext.get_current()
     # Ray Data yields results as they come unless told so; the order of objects must not depend on who was faster.
     context.execution_options.preserve_order = True
+    context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(object_store_memory=_READ_AHEAD_BYTES)
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells each execution's plan and folder
     return ray.data.from_items(items, override_num_blocks=len(items))

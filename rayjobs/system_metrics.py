@@ -18,10 +18,13 @@ def system_metrics() -> dict[str, float]:
     import psutil
 
     process = _this_process()
+    memory = process.memory_info()
     values = {
         "system/process_cpu_percent": process.cpu_percent(),
         "system/cpu_percent": psutil.cpu_percent(),
-        "system/process_memory_gb": process.memory_info().rss / 1e9,
+        "system/process_memory_gb": memory.rss / 1e9,
+        # What is its own: pages of libraries and of Ray's object store are shared with other processes.
+        "system/process_private_memory_gb": (memory.rss - getattr(memory, "shared", 0)) / 1e9,
         "system/memory_used_gb": psutil.virtual_memory().used / 1e9,
     }
     return values | _gpu_metrics()

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
-# Bound on the elements of one block of scores.
-_BLOCK_ELEMENTS = 1 << 24
+# Bound on the elements of one block of scores: on a CPU what its caches hold (larger ones are slower, and cost memory that grows with the split).
+_BLOCK_ELEMENTS_CPU = 1 << 20
+_BLOCK_ELEMENTS_ACCELERATOR = 1 << 24
 # The same for candidates' vectors: they stay in the cache between being gathered and multiplied.
 _CANDIDATE_ELEMENTS = 1 << 18
 # Candidates beyond k that the float32 search hands to the exact comparison.
@@ -103,7 +104,7 @@ def top_k(
     k = min(k, len(gallery))
     queries32 = queries.float()
     num_candidates = min(k + _EXTRA_CANDIDATES, len(gallery))
-    chunk = chunk or max(num_candidates, _BLOCK_ELEMENTS // max(1, len(queries)))
+    chunk = chunk or max(num_candidates, _block_elements(queries) // max(1, len(queries)))
     values = queries32.new_empty(len(queries), 0)
     candidates = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     longest = queries32.new_zeros(())
@@ -130,7 +131,7 @@ def top_k(
         worst = values.amin(dim=1)
         error = (queries.shape[1] + 2) * 2.0**-24 + _INPUT_ROUNDING[torch.get_float32_matmul_precision()]
         uncertain = (scores[:, -1] - worst <= error * queries32.norm(dim=1) * longest).nonzero().squeeze(1)
-        for row in uncertain.split(max(1, _BLOCK_ELEMENTS // len(gallery))):
+        for row in uncertain.split(max(1, _block_elements(queries) // len(gallery))):
             exact = _exact_scores(queries[row], gallery)
             index = torch.arange(len(gallery), device=exact.device).expand(len(row), -1)
             scores[row], candidates[row] = _ordered(exact, index, k)
@@ -148,12 +149,16 @@ def _exact_scores(queries: Tensor, gallery: Tensor) -> Tensor:
 
 
 def _scored(queries: Tensor, gallery: Tensor, query_group: Tensor, gallery_group: Tensor, chunk: int | None):
-    chunk = chunk or max(1, _BLOCK_ELEMENTS // max(1, len(gallery)))
+    chunk = chunk or max(1, _block_elements(queries) // max(1, len(gallery)))
     gallery = gallery.double()
     for start in range(0, len(queries), chunk):
         rows = slice(start, start + chunk)
         scores = (queries[rows].double() @ gallery.T).float()
         yield rows, scores, query_group[rows].unsqueeze(1) == gallery_group
+
+
+def _block_elements(queries: Tensor) -> int:
+    return _BLOCK_ELEMENTS_CPU if queries.device.type == "cpu" else _BLOCK_ELEMENTS_ACCELERATOR
 
 
 def _require_relevant(relevant: Tensor, rows: slice) -> None:
