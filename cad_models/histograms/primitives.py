@@ -40,7 +40,8 @@ class Shape:
 def generate_shape(index: int, seed: int, classes: tuple[str, ...] = SOURCE_CLASSES) -> Shape:
     """Shape ``index`` of a seed; its class is ``classes[index % len(classes)]``.
 
-    What an affine map cannot change is drawn, too: how finely a round surface is cut into flat faces, and how thick a torus or a tube is.
+    What an affine map cannot change is drawn, too: how finely surfaces are cut into faces (flat ones as well: a model that has only ever seen cubes of
+    the same twelve triangles does not know a finer one), and how thick a torus or a tube is.
     """
     label = classes[index % len(classes)]
     rng = np.random.default_rng(np.random.SeedSequence((seed, index)))
@@ -65,14 +66,15 @@ def random_rotation(rng: np.random.Generator) -> Float[np.ndarray, "3 3"]:
 def _primitive(label: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """A primitive of about unit size, as Blender's "Add > Mesh" makes it."""
     segments = int(rng.integers(24, 65))
-    if label == "Cube":
-        return _revolved([(0, -1), (np.sqrt(2), -1), (np.sqrt(2), 1), (0, 1)], 4)
-    if label == "Pyramid":
-        return _revolved([(0, -1), (np.sqrt(2), -1), (0, 1)], 4)
-    if label == "Cylinder":
-        return _revolved([(0, -1), (1, -1), (1, 1), (0, 1)], segments)
-    if label == "Cone":
-        return _revolved([(0, -1), (1, -1), (0, 1)], segments)
+    angular = {
+        "Cube": ([(0, -1), (np.sqrt(2), -1), (np.sqrt(2), 1), (0, 1)], 4),
+        "Pyramid": ([(0, -1), (np.sqrt(2), -1), (0, 1)], 4),
+        "Cylinder": ([(0, -1), (1, -1), (1, 1), (0, 1)], segments),
+        "Cone": ([(0, -1), (1, -1), (0, 1)], segments),
+    }
+    if label in angular:
+        profile, count = angular[label]
+        return _revolved(_subdivided(profile, int(rng.integers(1, 9))), count)
     if label == "Sphere":
         angle = np.linspace(-np.pi / 2, np.pi / 2, int(rng.integers(12, 33)) + 1)
         return _revolved(np.stack([np.cos(angle), np.sin(angle)], axis=1), segments)
@@ -87,6 +89,13 @@ def _primitive(label: str, rng: np.random.Generator) -> tuple[np.ndarray, np.nda
     if label == "Tube":
         return _revolved([(1 - thickness, -1), (1, -1), (1, 1), (1 - thickness, 1)], segments, closed=True)
     raise ValueError(f"there is no shape class {label!r}; there are {', '.join(CLASSES)}")
+
+
+def _subdivided(profile, parts: int) -> Float[np.ndarray, "n 2"]:
+    """The profile with each of its lines cut into equal parts."""
+    corners = np.asarray(profile, dtype=np.float64)
+    places = np.arange((len(corners) - 1) * parts + 1) / parts
+    return np.stack([np.interp(places, np.arange(len(corners)), corners[:, axis]) for axis in (0, 1)], axis=1)
 
 
 def _revolved(profile, segments: int, *, closed: bool = False) -> tuple[Float[np.ndarray, "v 3"], Int[np.ndarray, "f 3"]]:

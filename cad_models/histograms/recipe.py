@@ -108,7 +108,7 @@ class HistogramRecipe(Recipe):
 RECIPE = HistogramRecipe(
     batch_size=64,
     optim=OptimConfig(lr=2e-3, head_lr=2e-2, weight_decay=0.05, grad_clip_norm=10.0, ema_decay=0.99),
-    schedule=ScheduleConfig(num_epochs=30, num_warmup_epochs=2.0),
+    schedule=ScheduleConfig(num_epochs=12, num_warmup_epochs=2.0, eval_every_epochs=4),
 )
 """Defaults that reproduce the figures in this room's README on two CPU cores."""
 
