@@ -75,3 +75,33 @@ def test_wrong_flags_exit_with_status_2(arguments, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         cross_validation.main()
     assert stopped.value.code == 2
+
+
+@pytest.mark.slow
+def test_shapes_of_other_triangulations_are_recognised():
+    # Learned from generated shapes alone: boxes of twelve triangles, finely cut boxes, cylinders of few sides, thin and thick tori.
+    import trimesh.creation as create
+
+    from cad_models.histograms.features import features
+    from cad_models.histograms.mesh_features import shape_distributions
+    from cad_models.histograms.primitives import SOURCE_CLASSES, generate_shape, random_rotation
+
+    def rows(meshes):
+        stored = np.stack([np.stack([np.zeros((3, 64)), shape_distributions(v, f, affine=True)]) for v, f in meshes]).astype(np.float32)
+        return features(np.zeros((len(stored), 2, 4, 248), dtype=np.float32), stored, RECIPE.data)
+
+    shapes = [generate_shape(i, 1) for i in range(400)]
+    train, labels = rows([(s.vertices, s.faces) for s in shapes]), np.array([SOURCE_CLASSES.index(s.label) for s in shapes])
+    learner = fitted(RECIPE, train, labels, 5)
+    others = {
+        "Cube": [create.box((1, 1, 1)), create.box((1, 1, 1)).subdivide().subdivide()],
+        "Cylinder": [create.cylinder(1, 2, sections=20), create.cylinder(1, 3, sections=100)],
+        "Cone": [create.cone(1, 2, sections=32)],
+        "Sphere": [create.icosphere(3)],
+        "Torus": [create.torus(1, 0.15), create.torus(1, 0.4)],
+    }
+    rng = np.random.default_rng(0)
+    named = [(name, mesh) for name, meshes in others.items() for mesh in meshes for _ in range(3)]
+    moved = [((m.vertices * rng.uniform(1, 10, 3)) @ random_rotation(rng).T + rng.uniform(-10, 10, 3), np.asarray(m.faces)) for _, m in named]
+    found = predicted_classes(learner, train, labels, rows(moved), 5)
+    assert [SOURCE_CLASSES[i] for i in found] == [name for name, _ in named]
