@@ -22,7 +22,7 @@ _STRICTNESS = {UNUSED: 0, "train": 1, "val": 2, "test": 3}
 
 @dataclass(frozen=True, kw_only=True)
 class SplitConfig:
-    """How objects are divided into train, val and test; exact duplicates always stay together."""
+    """How objects are divided into train, val and test; exact duplicates stay together unless the user insists."""
 
     kind: Literal["random", "stratified", "label", "kfold", "csv"] = "stratified"
     """random; stratified by complexity (of a mesh vertices x faces; quantile bins); label = stratified by class; kfold; csv = given by --split.csv."""
@@ -38,6 +38,9 @@ class SplitConfig:
     """The fold that is val, from 0 (kfold)."""
     csv: str = ""
     """CSV file with the columns model_id, split (train, val or validation, test)."""
+    divide_duplicates: bool = False
+    """Take the CSV at its word, even where it puts exact duplicates into different splits (as to repeat a published figure): metrics then reward
+    remembering. Otherwise such a group goes whole to its strictest split (test, then val, then train)."""
     seed: int = 42
     """Seeds the drawing."""
 
@@ -55,6 +58,8 @@ class SplitConfig:
             raise ValueError("--split.kind csv needs --split.csv FILE with the columns model_id, split")
         if self.kind != "csv" and self.csv:
             raise ValueError(f"--split.csv {self.csv} is read only with --split.kind csv (now {self.kind})")
+        if self.kind != "csv" and self.divide_duplicates:
+            raise ValueError(f"--split.divide-duplicates goes with --split.kind csv only (now {self.kind}): no drawn split divides duplicates")
         if self.num_bins < 1:
             raise ValueError(f"--split.num-bins {self.num_bins} must be at least 1")
 
@@ -125,7 +130,10 @@ class CsvSplit:
     unknown: list[str]
     """Each model_id of the CSV that is no object."""
     divided_groups: list[str]
-    """Ids of the first member of each group that the CSV divided; the whole group went to its strictest split (test, val, train)."""
+    """Ids of the first member of each group that the CSV divided; unless that was asked for, the whole group went to its strictest split (test, val,
+    train)."""
+    num_leaked: int
+    """Objects of val and test that have an exact duplicate in train."""
 
 
 def read_split_csv(text: str, *, where: str = "--split.csv") -> dict[str, str]:
@@ -149,8 +157,12 @@ def read_split_csv(text: str, *, where: str = "--split.csv") -> dict[str, str]:
     return named
 
 
-def apply_split_csv(named: dict[str, str], object_ids: Sequence[str], group: Sequence[int]) -> CsvSplit:
-    """Give every object its split by a user's CSV; ids agree also when one side lacks leading zeros (``7`` and ``0007``)."""
+def apply_split_csv(named: dict[str, str], object_ids: Sequence[str], group: Sequence[int], *, divide_duplicates: bool = False) -> CsvSplit:
+    """Give every object its split by a user's CSV; ids agree also when one side lacks leading zeros (``7`` and ``0007``).
+
+    Args:
+        divide_duplicates: See `SplitConfig`.
+    """
     number_of: dict[str, str] = {}
     for model_id in named:
         if model_id.isdigit():
@@ -170,9 +182,12 @@ def apply_split_csv(named: dict[str, str], object_ids: Sequence[str], group: Seq
     for object_id, g, split in zip(object_ids, group, wanted, strict=True):
         seen.setdefault(g, set()).add(split)
         first.setdefault(g, object_id)
+    splits = wanted if divide_duplicates else [strictest[g] for g in group]
+    trained = {g for g, split in zip(group, splits, strict=True) if split == "train"}
     return CsvSplit(
-        splits=[strictest[g] for g in group],
+        splits=splits,
         num_unnamed=Counter(wanted)[UNUSED],
         unknown=[model_id for model_id in named if model_id not in used],
-        divided_groups=[first[g] for g, splits in seen.items() if len(splits - {UNUSED}) > 1],
+        divided_groups=[first[g] for g, found in seen.items() if len(found - {UNUSED}) > 1],
+        num_leaked=sum(g in trained and split in ("val", "test") for g, split in zip(group, splits, strict=True)),
     )

@@ -244,6 +244,11 @@ class Learner(ABC):
                 iterator: a whole split need not fit into memory.
         """
 
+    def remember(self, reference: Predictions) -> None:  # noqa: B027  (most models need nothing of it)
+        """Keep what a checkpoint must know of the task's ``reference_split`` beyond its weights, as class centres. Called before a checkpoint is written
+        at an evaluation, on the worker that writes it, with this learner's predictions of that split. It must not change what is predicted, and what it
+        keeps belongs to `artifacts`, not to ``state_dict`` (which the loop averages)."""
+
     @abstractmethod
     def forward(self, batch: "dict[str, torch.Tensor]", turn: str) -> "dict[str, torch.Tensor]":
         """``{"loss": scalar, ...}``; the other scalars are logged. On several workers: this worker's share, such that the mean of the

@@ -3,10 +3,11 @@
 from typing import Any
 
 from cad_models.alignment.task import AlignmentTask
+from cad_models.histograms.task import HistogramTask
 from cad_models.images.task import ImagesTask
 from cad_models.task import Columns, Input, Reject, Task
 
-TASKS: dict[str, Task] = {task.name: task for task in (AlignmentTask(), ImagesTask())}
+TASKS: dict[str, Task] = {task.name: task for task in (AlignmentTask(), HistogramTask(), ImagesTask())}
 
 
 def read_input(task: str, item: Input, settings: Any) -> Columns | Reject:

@@ -28,10 +28,13 @@ def split_metrics(
     """Metrics of a whole split, ``<split>/<name>``; on several workers each predicts its parts, and rank 0 gets the metrics (others an empty dict).
 
     Args:
-        reference: The task's reference split, which is predicted too; None for a task without one.
+        reference: The task's reference split, which is predicted too, and which the learner gets to see (`Learner.remember`); None for a task
+            without one.
     """
     predictions = predict_split(task, recipe, learner, stream, device, group=group)
     beside = None if reference is None else predict_split(task, recipe, learner, reference, device, group=group)
+    if beside is not None:
+        learner.remember(beside)
     return {} if predictions is None else named_metrics(task, predictions, split, beside)
 
 

@@ -276,14 +276,19 @@ def assign(inspected: "Sequence[Inspected]", task: Task, split: SplitConfig, csv
     warnings = []
     if split.kind == "csv":
         named = read_split_csv(csv_text)
-        given = apply_split_csv(named, ids, group)
+        given = apply_split_csv(named, ids, group, divide_duplicates=split.divide_duplicates)
         splits = given.splits
         if given.num_unnamed:
             unnamed = [object_id for object_id, name in zip(ids, splits, strict=True) if name == "unused"]
             warnings.append(f"{given.num_unnamed:,} objects are not named by --split.csv and in no split ({_examples(unnamed)})")
         if given.unknown:
             warnings.append(f"{len(given.unknown):,} rows of --split.csv name no object of this dataset ({_examples(given.unknown)})")
-        if given.divided_groups:
+        if given.divided_groups and split.divide_duplicates:
+            warnings.append(
+                f"{len(given.divided_groups):,} groups of exact duplicates are divided, as --split.divide-duplicates asks: {given.num_leaked:,} objects of val "
+                "and test have an exact duplicate in train, and metrics reward remembering them"
+            )
+        elif given.divided_groups:
             warnings.append(
                 f"{len(given.divided_groups):,} groups of exact duplicates are divided by --split.csv; each went whole to its strictest split "
                 f"(test, then val, then train): {_examples(given.divided_groups)}"

@@ -149,6 +149,19 @@ def test_csv_that_divides_a_group_moves_it_to_the_strictest_split():
     assert result.divided_groups == ["a", "d"]
 
 
+def test_csv_taken_at_its_word_divides_groups_and_counts_what_leaks():
+    named = {"a": "train", "b": "test", "c": "val", "d": "train", "e": "train", "f": "test", "g": "test"}
+    result = apply_split_csv(named, list("abcdefg"), [0, 0, 0, 1, 1, 2, 2], divide_duplicates=True)
+    assert result.splits == ["train", "test", "val", "train", "train", "test", "test"]
+    assert result.divided_groups == ["a"] and result.num_leaked == 2
+    assert apply_split_csv(named, list("abcdefg"), [0, 0, 0, 1, 1, 2, 2]).num_leaked == 0
+
+
+def test_dividing_duplicates_without_a_csv_is_refused():
+    with pytest.raises(ValueError, match="--split.divide-duplicates"):
+        SplitConfig(kind="random", divide_duplicates=True).check()
+
+
 def test_csv_unnamed_duplicate_follows_its_group_without_a_warning():
     result = apply_split_csv({"a": "val"}, ["a", "b"], [0, 0])
     assert result.splits == ["val", "val"]

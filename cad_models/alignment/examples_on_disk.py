@@ -9,21 +9,9 @@ import re
 import shutil
 from pathlib import Path
 
-import numpy as np
-from jaxtyping import Float, Int
-
 from cad_models.alignment.parts import generate_part
+from cad_models.common.stl_writer import binary_stl
 from cad_models.dataset import DatasetFolder
-
-
-def binary_stl(vertices: Float[np.ndarray, "vertices 3"], faces: Int[np.ndarray, "faces 3"]) -> bytes:
-    """A binary STL file."""
-    corners = vertices[faces]
-    normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-    normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-30)
-    records = np.zeros(len(faces), dtype=[("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])
-    records["normal"], records["corners"] = normals, corners
-    return bytes(80) + np.uint32(len(faces)).tobytes() + records.tobytes()
 
 
 def write_parts(out: Path, count: int, seed: int) -> None:
