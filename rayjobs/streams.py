@@ -128,12 +128,15 @@ def read_examples(dataset: Dataset, recipe: Recipe, split: str, index: int) -> C
 
 @dataclass(frozen=True, kw_only=True)
 class SplitStream:
-    """One split of a dataset as batches; travels to workers. ``blocks`` are references into the object store when it is cached."""
+    """One split of a dataset as batches; travels to workers. As it is made, the process that asks for batches reads the split into its own memory."""
 
     dataset: Dataset
     recipe: Recipe
     split: str
     blocks: list[Any] = field(default_factory=list)
+    """References into Ray's object store: the split's parts, when they are held there for all workers."""
+    streamed: bool = False
+    """Batches are read window by window through Ray Data."""
 
     @property
     def part_rows(self) -> list[int]:
@@ -146,34 +149,34 @@ class SplitStream:
         return sum(self.part_rows)
 
     def cached(self, budget_bytes: int) -> "SplitStream":
-        """The same stream, materialised in Ray's object store if that takes no more than ``budget_bytes``. Needs Ray."""
+        """The same split for workers: held in Ray's object store if that takes no more than ``budget_bytes``, else streamed. Needs Ray."""
         parts = [p for p, rows in enumerate(self.part_rows) if rows]
         if not parts:
             return self
         first = read_examples(self.dataset, self.recipe, self.split, parts[0])
         row_bytes = sum(_num_bytes(column) for column in first.values()) / max(1, len(first[ROW_KEY]))
         if row_bytes * self.num_rows > budget_bytes:
-            return self
+            return replace(self, streamed=True)
         # Threads: reading is Arrow's work, outside Python's lock. Processes would take longer to start than such a split takes to read.
         with ThreadPoolExecutor(_READ_THREADS) as pool:
             return replace(self, blocks=list(pool.map(lambda p: ray.put(read_examples(self.dataset, self.recipe, self.split, p)), parts)))
 
     def num_steps(self, epoch: int, batch_size: int, world_size: int) -> int:
         """Optimiser steps of an epoch; the same on every worker."""
-        if self.blocks or not ray.is_initialized():
-            return WholeOrder(self.num_rows, batch_size, self.recipe.seed).num_steps
-        return StreamOrder(self.part_rows, batch_size, self.recipe.seed).num_steps(epoch, world_size)
+        if self.streamed:
+            return StreamOrder(self.part_rows, batch_size, self.recipe.seed).num_steps(epoch, world_size)
+        return WholeOrder(self.num_rows, batch_size, self.recipe.seed).num_steps
 
     def batches(self, epoch: int, batch_size: int, rank: int, world_size: int, *, first_step: int = 0) -> Iterator[Columns]:
         """A worker's shares of the global batches of an epoch, from ``first_step`` on."""
-        if self.blocks or not ray.is_initialized():
-            rows = self._rows()
-            order = WholeOrder(self.num_rows, batch_size, self.recipe.seed)
-            for step in range(first_step, order.num_steps):
-                chosen = order.rows(epoch, step, rank, world_size)
-                yield {name: column[chosen] for name, column in rows.items()}
-        else:
+        if self.streamed:
             yield from self._streamed(epoch, batch_size, rank, world_size, first_step)
+            return
+        rows = self._rows()
+        order = WholeOrder(self.num_rows, batch_size, self.recipe.seed)
+        for step in range(first_step, order.num_steps):
+            chosen = order.rows(epoch, step, rank, world_size)
+            yield {name: column[chosen] for name, column in rows.items()}
 
     def parts(self, rank: int, world_size: int) -> Iterator[Columns]:
         """The split in dataset order, one part after the other; a worker gets every ``world_size``-th part. For evaluation."""

@@ -156,11 +156,11 @@ def trial_loop(base: LoopConfig, recipe: Recipe, run_folder: str, *, cache_bytes
     task = TASKS[base.task]
     dataset = open_dataset(base.train.dataset.uri, task, recipe)
     streams = {split: getattr(base, split) for split in ("train", "val", "test")}
-    if _same_examples(streams["train"], replace(streams["train"], dataset=dataset, recipe=recipe, blocks=[])):
+    if _same_examples(streams["train"], SplitStream(dataset=dataset, recipe=recipe, split="train")):
         streams = {split: replace(stream, recipe=recipe) for split, stream in streams.items()}
     else:
         streams = {split: SplitStream(dataset=dataset, recipe=recipe, split=split) for split in streams}
-        if ray.is_initialized():
+        if base.train.blocks or base.train.streamed:
             streams = {split: stream.cached(cache_bytes) for split, stream in streams.items()}
     return replace(
         base, recipe=recipe, signature=task.signature(recipe, dataset.signature_inputs), run_folder=Folder(run_folder).uri, **streams

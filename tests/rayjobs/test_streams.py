@@ -231,9 +231,9 @@ def test_more_points_than_stored_are_refused_naming_both(small):
 # --- with Ray, last: what comes before must find none -----------------------------------------------------------------------------------
 @pytest.mark.ray
 def test_cached_streamed_and_plain_batches_hold_the_same_objects(dataset, local_ray):
-    streamed = stream_of(dataset)
-    cached = streamed.cached(GENEROUS)
-    assert len(cached.blocks) == 18 and streamed.cached(0).blocks == []
+    streamed = stream_of(dataset).cached(0)
+    cached = stream_of(dataset).cached(GENEROUS)
+    assert len(cached.blocks) == 18 and not cached.streamed and streamed.blocks == []
     plain = {}
     for columns in streamed.parts(0, 1):
         plain |= by_row(columns)
@@ -267,7 +267,7 @@ def test_cached_batches_are_those_of_a_process_without_ray(dataset, local_ray):
 
 @pytest.mark.ray
 def test_streamed_batches_are_the_same_for_every_number_of_workers(dataset, local_ray):
-    stream = stream_of(dataset)
+    stream = stream_of(dataset).cached(0)
     one = list(stream.batches(0, 16, 0, 1))
     four = [list(stream.batches(0, 16, rank, 4)) for rank in range(4)]
     assert len(one) == stream.num_steps(0, 16, 1)
@@ -280,7 +280,7 @@ def test_streamed_batches_are_the_same_for_every_number_of_workers(dataset, loca
 @pytest.mark.ray
 @pytest.mark.parametrize("first_step", [1, 2, 3, 4])
 def test_streamed_batches_resumed_are_the_uninterrupted_ones(dataset, local_ray, first_step):
-    stream = stream_of(dataset)
+    stream = stream_of(dataset).cached(0)
     whole = list(stream.batches(3, 8, 1, 2))
     resumed = list(stream.batches(3, 8, 1, 2, first_step=first_step))
     assert len(resumed) == len(whole) - first_step > 0
