@@ -148,6 +148,17 @@ def run_job(job_type: type[Job], main: Callable[[Job], int | None], argv: Sequen
     except KeyboardInterrupt:
         print("stopped; the same command goes on from what is finished", file=sys.stderr)
         status = 130
-    sys.stdout.flush()
+    except BrokenPipeError:
+        status = _reader_gone()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        status = _reader_gone()
     sys.stderr.flush()
     raise SystemExit(status or 0)
+
+
+def _reader_gone() -> int:
+    """Whoever read the output has seen enough (``… | head``): say no more; the status that a shell gives to SIGPIPE."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE

@@ -1,6 +1,7 @@
 """The command line: the documented commands parse, mistakes end with a hint and status 2, --help is quick."""
 
 import importlib
+import os
 import pickle
 import resource
 import subprocess
@@ -237,3 +238,14 @@ def _environment() -> dict[str, str]:
     import os
 
     return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+
+
+def test_output_into_a_reader_that_has_seen_enough_ends_without_a_traceback():
+    command = [sys.executable, "rayjobs/train.py", "--task", "alignment", "--dry-run"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        ended = subprocess.run(command, cwd=REPOSITORY, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    finally:
+        os.close(writer)
+    assert ended.stderr == "" and ended.returncode == 141

@@ -133,7 +133,7 @@ RECIPE = ImagesRecipe(
     optim=OptimConfig(lr=2e-3, head_lr=2e-3, weight_decay=0.01, grad_clip_norm=5.0, ema_decay=0.99),
     schedule=ScheduleConfig(num_epochs=30, num_warmup_epochs=1.0),
 )
-"""Defaults that reproduce the figures in this room's README on two CPU cores."""
+"""Defaults for a few thousand pictures. The room's README gives its figures with the flags that each was measured with."""
 
 SMOKE = ImagesRecipe(
     batch_size=8,
