@@ -1,6 +1,6 @@
-"""Several jobs one after the other in one process, so that they share one local Ray: ``python -m tests.rayjobs.job_sequence '[["prepare", ["--task", ...]], ...]'``.
+"""Several steps one after the other in one process, so that they share one local Ray: ``python -m tests.rayjobs.job_sequence '[["prepare", ["--task", ...]], ...]'``.
 
-Ends with the first status that is not 0.
+A step is a job with its arguments, or a function as ``tests.rayjobs.test_rooms:write_queries`` with its own. Ends with the first status that is not 0.
 """
 
 import importlib
@@ -12,6 +12,10 @@ from rayjobs.cli import run_job
 
 def main() -> None:
     for name, arguments in json.loads(sys.argv[1]):
+        module_name, _, function = name.partition(":")
+        if function:
+            getattr(importlib.import_module(module_name), function)(*arguments)
+            continue
         module = importlib.import_module(f"rayjobs.{name}")
         print(f"--- {name} {' '.join(arguments)}", flush=True)
         try:

@@ -41,26 +41,27 @@ def source_of(room: str, folder: Path) -> str:
     return str(folder / "raw")
 
 
-def queries_of(room: str, folder: Path, dataset: DatasetFolder) -> list[str]:
-    """Flags of infer.py for objects of the test split."""
+def write_queries(room: str, folder: str) -> None:
+    """Files of the test split's objects, as a user would have them: ``queries/`` and, where the room has one, ``gallery/``."""
+    place = Path(folder)
+    dataset = DatasetFolder(str(place / "ds"))
     if room == "alignment":
         from cad_models.alignment.examples_on_disk import write_queries
 
-        write_queries(folder, dataset, folder / "raw")
-        return ["--queries", str(folder / "queries"), "--gallery", str(folder / "gallery")]
-    queries = folder / "queries"
+        write_queries(place, dataset, place / "raw")
+        return
+    queries = place / "queries"
     queries.mkdir()
     for index, part in enumerate(dataset.manifest().parts):
         if not part["splits"].get("test"):
             continue
         if room == "histograms":
             for source in dataset.read_part("objects", index, ["source"]).column("source").to_pylist():
-                (queries / Path(source).name).write_bytes((folder / "raw" / source).read_bytes())
+                (queries / Path(source).name).write_bytes((place / "raw" / source).read_bytes())
         else:
             views = dataset.read_part("views", index, ["object_id", "image"])
             for object_id, image in zip(views.column("object_id").to_pylist(), views.column("image").to_pylist(), strict=True):
                 (queries / f"{object_id.replace('/', '_')}.png").write_bytes(image)
-    return ["--queries", str(queries)]
 
 
 @pytest.mark.ray
@@ -69,21 +70,19 @@ def test_room_goes_from_raw_files_to_answers_of_its_champion(room, tmp_path):
     folder, common = str(tmp_path / "ds"), ["--task", room]
     tracked = ["--tracking.folder", str(tmp_path / "mlflow")]
     made = [*common, "--smoke", "--dataset", folder]
-    jobs = [("prepare", [*made, "--source", source_of(room, tmp_path), "--split.val-fraction", "0.2", "--split.test-fraction", "0.2"])]
-    if TASKS[room].embed_columns:
-        jobs.append(("embed", made))
     here = [*made, *tracked, "--scale.num-workers", "0"]
-    jobs.append(("train", [*here, "--output", str(tmp_path / "runs"), "--name", "one", "--seeds", "1", "2", "--register"]))
-    jobs.append(("tune", [*here, "--output", str(tmp_path / "searches"), "--search.num-samples", "2", "--ensemble-size", "2"]))
-    told = run_jobs(*jobs)
-    dataset = DatasetFolder(folder)
-    manifest = dataset.manifest()
-    assert manifest.num_objects == sum(manifest.splits.values()) > 0 and min(manifest.splits[s] for s in ("train", "val", "test")) > 0, told
+    answers = tmp_path / "answers.csv"
+    asked = ["--queries", str(tmp_path / "queries"), *(["--gallery", str(tmp_path / "gallery")] if room == "alignment" else [])]
+    told = run_jobs(
+        ("prepare", [*made, "--source", source_of(room, tmp_path), "--split.val-fraction", "0.2", "--split.test-fraction", "0.2"]),
+        *([("embed", made)] if TASKS[room].embed_columns else []),
+        ("train", [*here, "--output", str(tmp_path / "runs"), "--name", "one", "--seeds", "1", "2", "--register"]),
+        ("tune", [*here, "--output", str(tmp_path / "searches"), "--search.num-samples", "2", "--ensemble-size", "2"]),
+        (f"{__name__}:write_queries", [room, str(tmp_path)]),
+        ("infer", [*common, *tracked, "--model", f"models:/cad-{room}@champion", *asked, "--output", str(answers)]),
+    )
+    manifest = DatasetFolder(folder).manifest()
+    assert manifest.num_objects == sum(manifest.splits.values()) and min(manifest.splits[split] for split in ("train", "val", "test")) > 0, told
     for seed in (1, 2):
         assert (tmp_path / "runs" / "one" / f"seed_{seed}" / "training_history.csv").exists()
-
-    answers = tmp_path / "answers.csv"
-    model = ["--model", f"models:/cad-{room}@champion", *tracked]
-    run_jobs(("infer", [*common, *model, *queries_of(room, tmp_path, dataset), "--output", str(answers)]))
-    rows = list(csv.DictReader(answers.open()))
-    assert len(rows) == manifest.splits["test"]
+    assert len(list(csv.DictReader(answers.open()))) == manifest.splits["test"]
