@@ -261,6 +261,27 @@ class Learner(ABC):
     def load_artifacts(self, artifacts: "Mapping[str, dict[str, torch.Tensor]]") -> None:
         """The inverse of :meth:`artifacts`. Raises ValueError naming file and key when names or shapes differ."""
 
+    def start_from(self, artifacts: "Mapping[str, dict[str, torch.Tensor]]") -> None:
+        """Begin with weights of another checkpoint: those of the named files, while the others stay as initialised. Raises ValueError naming what does
+        not fit."""
+        own = self.artifacts()
+        if unknown := artifacts.keys() - own.keys():
+            raise ValueError(f"{', '.join(sorted(unknown))}: this task's files are {', '.join(sorted(own))}")
+        self.load_artifacts({**own, **artifacts})
+
+
+class EmbeddingLearner(Learner):
+    """A learner whose loss compares embeddings of whole objects. The loop may then take a batch in pieces (``--optim.micro-batch-size``), with the gradient
+    of the whole batch. ``forward(batch, turn)`` is ``loss_from(embed(batch), batch)``; there is one turn."""
+
+    @abstractmethod
+    def embed(self, batch: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+        """The costly part: embeddings by name, first axis = object. A row depends on its object alone (but for what BatchNorm does)."""
+
+    @abstractmethod
+    def loss_from(self, embedded: "dict[str, torch.Tensor]", batch: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+        """What :meth:`forward` returns, from the embeddings and whatever else of the batch is cheap."""
+
 
 class Task(ABC):
     """What a job may ask of any room. Final classes; no state beyond the class attributes."""
@@ -367,6 +388,16 @@ class Task(ABC):
             predictions: Of the split that is measured.
             reference: Of ``reference_split``, by the same learner or ensemble; None for tasks that name none.
         """
+
+    def details(self, predictions: Predictions, *, class_names: Sequence[str] = ()) -> dict[str, float]:
+        """Further figures of a whole split, too many or too dear for every evaluation: made of the test split at the end of a run and of a search.
+
+        Bounds of a metric's confidence interval are named ``<metric>_low`` and ``<metric>_high``; tables show them beside it.
+
+        Args:
+            class_names: Of the dataset's labels, where the signature names them.
+        """
+        return {}
 
     def references(self, columns: Columns, recipe: Recipe, reference: Columns | None = None) -> dict[str, dict[str, float]]:
         """Baselines that need no training, on a whole split: name -> metrics named as :meth:`evaluate` names them.

@@ -296,6 +296,11 @@ def schemas(recipe: AlignmentRecipe) -> dict[str, pa.Schema]:
 
 
 # --- training -----------------------------------------------------------------------------------------------------------------------------
+def category_number(label: str) -> int:
+    """A label as int64, the same on every machine; 0 without one."""
+    return group_number(label) if label else 0
+
+
 def group_number(group_id: str) -> int:
     """A group id as int64, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(group_id.encode(), digest_size=8).digest(), "big", signed=True)
@@ -303,7 +308,7 @@ def group_number(group_id: str) -> int:
 
 def examples(tables: dict[str, pa.Table], recipe: AlignmentRecipe) -> Columns:
     """Co-partitioned tables -> ``points`` float32 [n, points, channels], ``views`` float16 [n, most views, width] (zeros where an object has
-    fewer), ``num_views`` int64 [n], the same for ``query_views``, ``group`` int64 [n], ``object_id`` [n]."""
+    fewer), ``num_views`` int64 [n], the same for ``query_views``, ``group`` and ``label`` int64 [n], ``object_id`` [n]."""
     objects, embeddings = tables["objects"], tables["embeddings"]
     num_points = recipe.model.num_points
     stored = to_numpy(objects, "points")
@@ -317,6 +322,7 @@ def examples(tables: dict[str, pa.Table], recipe: AlignmentRecipe) -> Columns:
     columns: Columns = {
         "points": np.ascontiguousarray(points),
         "group": np.array([group_number(g) for g in objects.column("group_id").to_pylist()], dtype=np.int64),
+        "label": np.array([category_number(label or "") for label in objects.column("label").to_pylist()], dtype=np.int64),
         "object_id": np.array(objects.column("object_id").to_pylist(), dtype=object),
     }
     for name, source in (("views", "embeddings"), ("query_views", "query_embeddings")):
@@ -331,7 +337,7 @@ def examples(tables: dict[str, pa.Table], recipe: AlignmentRecipe) -> Columns:
 
 
 def collate(columns: Columns, recipe: AlignmentRecipe, *, rngs: Sequence[np.random.Generator] | None) -> "dict[str, torch.Tensor]":
-    """Arrays of a batch -> tensors ``points``, ``group``, ``views`` and ``view_mask`` (training) or ``query_views`` and ``query_mask``."""
+    """Arrays of a batch -> tensors ``points``, ``group``, ``views`` and ``view_mask`` (training) or ``query_views``, ``query_mask`` and ``label``."""
     import torch
 
     name = "query_views" if rngs is None else "views"
@@ -340,7 +346,9 @@ def collate(columns: Columns, recipe: AlignmentRecipe, *, rngs: Sequence[np.rand
         points = np.stack([_augmented(cloud, recipe.data.augment, rng) for cloud, rng in zip(points, rngs, strict=True)])
         if 0 < recipe.data.views_per_step < views.shape[1]:
             views, count = _draw_views(views, count, recipe.data.views_per_step, rngs)
+    labels = {"label": torch.from_numpy(np.array(columns["label"]))} if rngs is None else {}
     return {
+        **labels,
         "points": torch.from_numpy(np.array(points, dtype=np.float32)),
         "group": torch.from_numpy(np.array(columns["group"])),
         name: torch.from_numpy(views),
