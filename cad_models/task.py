@@ -85,6 +85,8 @@ class Inspection:
     """Positive; splits may be stratified by its quantiles (for meshes: vertices x faces)."""
     signature: np.ndarray
     """float64 [K]: equal, up to rounding, for exact duplicates and only for them."""
+    shape: np.ndarray | None = None
+    """float16 [n, 3]: what :meth:`Task.near_duplicates` compares; None = it takes no part."""
     inputs: str = ""
     """Digest of the other files that :meth:`Task.prepare` reads (the user's images); another digest remakes the object."""
 
@@ -262,8 +264,7 @@ class Learner(ABC):
         """The inverse of :meth:`artifacts`. Raises ValueError naming file and key when names or shapes differ."""
 
     def start_from(self, artifacts: "Mapping[str, dict[str, torch.Tensor]]") -> None:
-        """Begin with weights of another checkpoint: those of the named files, while the others stay as initialised. Raises ValueError naming what does
-        not fit."""
+        """Begin with another checkpoint's weights: some of the named files or all. Raises ValueError naming what does not fit."""
         own = self.artifacts()
         if unknown := artifacts.keys() - own.keys():
             raise ValueError(f"{', '.join(sorted(unknown))}: this task's files are {', '.join(sorted(own))}")
@@ -271,8 +272,8 @@ class Learner(ABC):
 
 
 class EmbeddingLearner(Learner):
-    """A learner whose loss compares embeddings of whole objects. The loop may then take a batch in pieces (``--optim.micro-batch-size``), with the gradient
-    of the whole batch. ``forward(batch, turn)`` is ``loss_from(embed(batch), batch)``; there is one turn."""
+    """Its loss compares embeddings of objects: the loop may take a batch in pieces (``--optim.micro-batch-size``) and get the whole batch's gradient.
+    ``forward(batch, turn)`` is ``loss_from(embed(batch), batch)``; there is one turn."""
 
     @abstractmethod
     def embed(self, batch: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
@@ -335,6 +336,10 @@ class Task(ABC):
     def duplicates(self, inspections: Sequence[Inspection]) -> list[int]:
         """For each object the index of the first member of its group of exact duplicates (its own index when it has none)."""
 
+    def near_duplicates(self, inspections: Sequence[Inspection]) -> list[tuple[int, int, float]]:
+        """Pairs (i < j) of objects that are almost or exactly the same, and how far apart they are, the closest first."""
+        return []
+
     @abstractmethod
     def prepare(self, item: RawItem, recipe: Recipe) -> Row | Reject:
         """The heavy work; runs in parallel, in a process that may be lost; the same item gives the same bytes."""
@@ -390,13 +395,7 @@ class Task(ABC):
         """
 
     def details(self, predictions: Predictions, *, class_names: Sequence[str] = ()) -> dict[str, float]:
-        """Further figures of a whole split, too many or too dear for every evaluation: made of the test split at the end of a run and of a search.
-
-        Bounds of a metric's confidence interval are named ``<metric>_low`` and ``<metric>_high``; tables show them beside it.
-
-        Args:
-            class_names: Of the dataset's labels, where the signature names them.
-        """
+        """Further figures, of the test split when a run or a search ends: bounds of intervals as ``<metric>_low``, ``<metric>_high``, classes by name."""
         return {}
 
     def references(self, columns: Columns, recipe: Recipe, reference: Columns | None = None) -> dict[str, dict[str, float]]:

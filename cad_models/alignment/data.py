@@ -12,6 +12,7 @@ import pyarrow as pa
 from cad_models.alignment.recipe import AlignmentRecipe, AugmentConfig
 from cad_models.common.images import BadImage, decode_image, encode_png
 from cad_models.common.meshes import MESH_SUFFIXES, BadMesh, Mesh, geometry_signature, load_mesh, mesh_facts, normalized
+from cad_models.common.near_duplicates import shape_points
 from cad_models.common.points import fps_order, sample_surface, seed_of
 from cad_models.dataset import DatasetError, Folder, tensor_field, to_numpy
 from cad_models.task import Columns, Inspection, Listing, RawItem, Reject, Row
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     import torch
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+# Surface points of which the well-spread few are taken that tell near duplicates.
+_SHAPE_SAMPLES = 2_048
 
 # Points after this many stand in sampling order: a model never uses more centres than this, and ordering all of them costs 10 x more.
 NUM_ORDERED_POINTS = 1_024
@@ -159,6 +163,7 @@ def inspect_item(item: RawItem) -> Inspection | Reject:
         size=len(mesh.faces),
         complexity=float(len(mesh.vertices)) * len(mesh.faces),
         signature=geometry_signature(mesh),
+        shape=shape_points(sample_surface(normalized(mesh), _SHAPE_SAMPLES, 0)[0]),
         inputs=_images_digest(item),
     )
 

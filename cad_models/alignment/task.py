@@ -125,6 +125,15 @@ class AlignmentTask(Task):
 
         return group_duplicates([i.signature for i in inspections], [i.size for i in inspections]).tolist()
 
+    def near_duplicates(self, inspections: Sequence[Inspection]) -> list[tuple[int, int, float]]:
+        from cad_models.common.near_duplicates import near_duplicates
+
+        known = [i for i, inspection in enumerate(inspections) if inspection.shape is not None]
+        if len(known) < 2:
+            return []
+        found = near_duplicates(np.stack([inspections[i].shape for i in known]))
+        return [(known[i], known[j], distance) for i, j, distance in found]
+
     def prepare(self, item: RawItem, recipe: AlignmentRecipe) -> Row | Reject:
         from cad_models.alignment.data import prepare_item
 
