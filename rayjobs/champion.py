@@ -22,7 +22,7 @@ from cad_models.ensemble import pack, read_ensemble, unpack
 from cad_models.task import Predictions, Score, Task
 from cad_models.tasks import TASKS
 from rayjobs.loop import LoopConfig
-from rayjobs.predictions import named_metrics, predict_split, final_figures
+from rayjobs.predictions import final_figures, named_metrics, predict_split
 from rayjobs.trials import trial_loop
 
 if TYPE_CHECKING:

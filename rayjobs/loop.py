@@ -41,7 +41,7 @@ from cad_models.tasks import TASKS
 from rayjobs.batching import fitting_batch_size, prefetched, regrouped
 from rayjobs.gradients import autocast_for, cached_backward, checked_micro_batch_size, same_everywhere, seed_of_step
 from rayjobs.history import CSV_NAME, PNG_NAME, history_csv, history_png
-from rayjobs.predictions import predict_split, rank, split_metrics, final_figures, world_size
+from rayjobs.predictions import final_figures, predict_split, rank, split_metrics, world_size
 from rayjobs.streams import ROW_KEY, SplitStream
 from rayjobs.system_metrics import system_metrics
 
