@@ -98,6 +98,13 @@ class PointEncoder(nn.Module):
                 self.start_token.requires_grad_(False)
                 self.start_position.requires_grad_(False)
 
+    def train(self, mode: bool = True) -> "PointEncoder":
+        """As for any module, but frozen patches stay in evaluation: their BatchNorm must neither drift nor see the batch."""
+        super().train(mode)
+        if self.config.stop_gradient:
+            self.patch_embed.eval()
+        return self
+
     def forward(self, points: Float[Tensor, "batch num_points channels"]) -> Float[Tensor, "batch embed_dim"]:
         """Embeddings of unit length in float32; see :meth:`encode` for the input and its errors."""
         return self.encode(points).embedding

@@ -256,6 +256,8 @@ def import_released(job: ImportJob) -> PointEncoderConfig:
         # Separate memory for each tensor: a released file may share storage between entries, which safetensors refuses.
         save_file({name: tensor.to(_stored(tensor)).clone().contiguous() for name, tensor in weights.items()}, directory / WEIGHTS)
         (directory / DESCRIPTION).write_text(json.dumps(described, indent=1, sort_keys=True) + "\n")
+        # safetensors makes files that only their owner may read.
+        (directory / WEIGHTS).chmod((directory / DESCRIPTION).stat().st_mode)
         if job.output.exists():
             job.output.rmdir()
         directory.rename(job.output)

@@ -22,7 +22,7 @@ from cad_models.common.grouping import (
     nearest_chain,
     nearest_neighbors,
 )
-from tests.alignment.golden.make_golden import GOLDEN, golden_encoder, golden_points
+from tests.alignment.golden.make_golden import GOLDEN, STAGES, VARIANTS, golden_encoder, golden_points
 from tests.shared import shared_path
 
 MINI = PointEncoderConfig(
@@ -105,12 +105,14 @@ def test_nearest_chain_equals_naive_walk():
 # Stored values
 
 
-def test_fixed_mode_stages_equal_stored_values():
-    stored = load_file(GOLDEN)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_stages_equal_stored_values(name):
+    stored = {key.partition("/")[2]: value for key, value in load_file(GOLDEN).items() if key.startswith(f"{name}/")}
     with torch.no_grad():
-        features = golden_encoder().encode(golden_points())
-    for stage in ("centers", "tokens", "queries", "embedding"):
-        torch.testing.assert_close(getattr(features, stage), stored[stage], atol=1e-5, rtol=1e-5)
+        features = golden_encoder(name).encode(golden_points(name))
+    assert set(stored) == set(STAGES)
+    for stage in STAGES:
+        torch.testing.assert_close(getattr(features, stage), stored[stage], atol=1e-5, rtol=1e-5, msg=lambda text, s=stage: f"{s}: {text}")
 
 
 # Properties of the encoder
@@ -137,6 +139,18 @@ def test_evaluation_does_not_depend_on_the_rest_of_the_batch(config):
 def test_training_mode_of_fixed_encoder_does_not_depend_on_the_rest_of_the_batch():
     encoder, points = encoder_of(MINI).train(), clouds(4)
     torch.testing.assert_close(encoder(points[:2]), encoder(points)[:2], atol=1e-6, rtol=0)
+
+
+def test_frozen_patches_keep_their_statistics_in_training():
+    torch.manual_seed(0)
+    frozen = PointEncoder(dataclasses.replace(RECONV2, stop_gradient=True)).train()
+    before = {name: buffer.clone() for name, buffer in frozen.named_buffers()}
+    points = clouds(4)
+    torch.testing.assert_close(frozen(points[:2]), frozen(points)[:2], atol=1e-6, rtol=0)
+    assert before and all(torch.equal(before[name], buffer) for name, buffer in frozen.named_buffers())
+    learning = encoder_of(RECONV2).train()
+    learning(points)
+    assert learning.patch_embed.first[1].running_mean.abs().max() > 0
 
 
 def test_fixed_encoder_does_not_depend_on_the_order_of_points_behind_the_centres():
