@@ -354,7 +354,7 @@ def print_result(result: dict[str, Any], folder: Folder, table: dict[str, dict[s
         bounds = {f"{name}_{side}" for name in table["this run"] for side in ("low", "high")}
         names = sorted(table["this run"].keys() - bounds, key=_natural)
         cells = [[with_bounds(figures, name) if name in figures else "" for figures in table.values()] for name in names]
-        width = max(map(len, names))
+        width = max(len("test split"), *map(len, names))
         widths = [max(14, *map(len, column)) for column in zip(list(table), *cells, strict=True)]
         print("test split".ljust(width) + "".join(f"  {column:>{w}}" for column, w in zip(table, widths, strict=True)))
         for name, row in zip(names, cells, strict=True):
