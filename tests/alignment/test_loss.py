@@ -1,6 +1,8 @@
 """The contrastive loss against a double loop over objects and views: values, gradients, masks, duplicates, tiles."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 from cad_models.alignment.loss import MultiPositiveContrastiveLoss
 from cad_models.common import contrastive
 from cad_models.common.contrastive import two_way_logsumexp
+from tests.shared import REPOSITORY
 
 
 def naive_loss(cad, image, view_mask, group, scale, positives):
@@ -230,3 +233,26 @@ def test_fixed_temperature_has_no_parameter():
 def test_loss_impossible_settings_raise(arguments):
     with pytest.raises(Exception, match="temperature|positives"):
         MultiPositiveContrastiveLoss(**arguments)
+
+
+_LARGE = """
+import resource, torch
+from cad_models.alignment.loss import MultiPositiveContrastiveLoss
+generator = torch.Generator().manual_seed(0)
+cad, image = (torch.empty(*shape).normal_(generator=generator) for shape in ((4096, 1280), (4096, 24, 1280)))
+for tensor in (cad, image):
+    tensor.div_(tensor.norm(dim=-1, keepdim=True)).requires_grad_()
+loss = MultiPositiveContrastiveLoss()(cad, image, torch.ones(4096, 24, dtype=torch.bool), torch.arange(4096))
+loss.backward()
+assert cad.grad.abs().max() > 0 and image.grad.abs().max() > 0
+print(loss.item(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_loss_of_a_large_batch_fits_in_4_gb():
+    done = subprocess.run([sys.executable, "-c", _LARGE], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    loss, peak_kb = done.stdout.split()
+    # Random vectors: every answer is about as good as another.
+    assert math.isfinite(float(loss)) and float(loss) == pytest.approx((math.log(4096 * 24) + math.log(4096)) / 2, abs=0.2)
+    assert int(peak_kb) * 1024 < 4e9
