@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from cad_models.config import Recipe, from_dict, to_dict
+from cad_models.folder import Folder
 from cad_models.task import Learner, Task
 from cad_models.tasks import TASKS
 
@@ -143,6 +144,25 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path} is missing") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a safetensors file ({error}); pickled weights (.pth, .bin) are never read") from error
+
+
+def start_from(learner: Learner, uri: str) -> None:
+    """Give a learner the weights in the folder (path or URI) of ``--init-from``; what the folder does not hold stays as initialised.
+
+    Raises:
+        CheckpointError: there is no such folder, or its ``*.safetensors`` are none, broken, unknown to the task or of another shape.
+    """
+    try:
+        with Folder(uri).fetched("") as directory:
+            artifacts = {path.stem: read_weights(path) for path in sorted(directory.glob("*.safetensors"))}
+    except FileNotFoundError as error:
+        raise CheckpointError(f"--init-from {uri}: there is no such folder") from error
+    if not artifacts:
+        raise CheckpointError(f"--init-from {uri} holds no *.safetensors: give a checkpoint folder, or one that an import command wrote")
+    try:
+        learner.start_from(artifacts)
+    except ValueError as error:
+        raise CheckpointError(f"--init-from {uri}: {error}") from error
 
 
 def gather_files(pair: str, into: Path) -> Path:

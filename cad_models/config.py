@@ -40,11 +40,15 @@ class OptimConfig:
     """Largest global gradient norm; 0 = no clipping."""
     ema_decay: float = 0.99
     """Decay per step of the weights' exponential moving average, which is what gets evaluated and saved; 0 = off."""
+    micro_batch_size: int = added_later(0)
+    """Objects that a worker computes gradients of at once: a batch of any size then needs the memory of so many (gradient caching), for one more
+    forward pass; 0 = the whole batch at once."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "head_lr", "weight_decay", "grad_clip_norm"):
             check(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "at least 0")
         check(0 <= self.ema_decay < 1, "optim.ema_decay", self.ema_decay, "in [0, 1)")
+        check(self.micro_batch_size >= 0, "optim.micro_batch_size", self.micro_batch_size, "at least 0 (0 = the whole batch at once)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +91,8 @@ class Recipe:
     """Seeds initialisation, order, augmentation and dropout."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the forward pass; auto = bfloat16 on GPUs that have it, float32 elsewhere. Losses are float32 always."""
+    init_from: str = added_later("")
+    """Folder (path or URI) of safetensors whose weights a fresh training starts from: a checkpoint, or some of its files; empty = random weights."""
 
     def __post_init__(self) -> None:
         check(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")

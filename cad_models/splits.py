@@ -43,6 +43,9 @@ class SplitConfig:
     remembering. Otherwise such a group goes whole to its strictest split (test, then val, then train)."""
     seed: int = 42
     """Seeds the drawing."""
+    near_duplicates: Literal["report", "group", "ignore"] = "report"
+    """Almost the same part in two splits makes val and test look better than they are. report: warn, and list the pairs in near_duplicates.csv; group: keep
+    them in one split, as exact duplicates always are; ignore: do not look."""
 
     def check(self) -> None:
         """Raises ValueError, in the flags' names, when values contradict each other."""
@@ -62,6 +65,22 @@ class SplitConfig:
             raise ValueError(f"--split.divide-duplicates goes with --split.kind csv only (now {self.kind}): no drawn split divides duplicates")
         if self.num_bins < 1:
             raise ValueError(f"--split.num-bins {self.num_bins} must be at least 1")
+
+
+def joined(group: Sequence[int], pairs: Sequence[tuple[int, int]]) -> list[int]:
+    """Groups (a number for each object) joined along pairs of objects; a joined group has the least of its groups' numbers."""
+    parent = {int(number): int(number) for number in group}
+
+    def root(number: int) -> int:
+        while parent[number] != number:
+            parent[number] = parent[parent[number]]
+            number = parent[number]
+        return number
+
+    for i, j in pairs:
+        a, b = root(int(group[i])), root(int(group[j]))
+        parent[max(a, b)] = min(a, b)
+    return [root(int(number)) for number in group]
 
 
 def draw_splits(config: SplitConfig, group: Sequence[int], complexity: Sequence[float], label: Sequence[str] = ()) -> list[str]:

@@ -85,6 +85,8 @@ class Inspection:
     """Positive; splits may be stratified by its quantiles (for meshes: vertices x faces)."""
     signature: np.ndarray
     """float64 [K]: equal, up to rounding, for exact duplicates and only for them."""
+    shape: np.ndarray | None = None
+    """float16 [n, 3]: what :meth:`Task.near_duplicates` compares; None = it takes no part."""
     inputs: str = ""
     """Digest of the other files that :meth:`Task.prepare` reads (the user's images); another digest remakes the object."""
 
@@ -266,6 +268,26 @@ class Learner(ABC):
     def load_artifacts(self, artifacts: "Mapping[str, dict[str, torch.Tensor]]") -> None:
         """The inverse of :meth:`artifacts`. Raises ValueError naming file and key when names or shapes differ."""
 
+    def start_from(self, artifacts: "Mapping[str, dict[str, torch.Tensor]]") -> None:
+        """Begin with another checkpoint's weights: some of the named files or all. Raises ValueError naming what does not fit."""
+        own = self.artifacts()
+        if unknown := artifacts.keys() - own.keys():
+            raise ValueError(f"{', '.join(sorted(unknown))}: this task's files are {', '.join(sorted(own))}")
+        self.load_artifacts({**own, **artifacts})
+
+
+class EmbeddingLearner(Learner):
+    """Its loss compares embeddings of objects: the loop may take a batch in pieces (``--optim.micro-batch-size``) and get the whole batch's gradient.
+    ``forward(batch, turn)`` is ``loss_from(embed(batch), batch)``; there is one turn."""
+
+    @abstractmethod
+    def embed(self, batch: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+        """The costly part: embeddings by name, first axis = object. A row depends on its object alone (but for what BatchNorm does)."""
+
+    @abstractmethod
+    def loss_from(self, embedded: "dict[str, torch.Tensor]", batch: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+        """What :meth:`forward` returns, from the embeddings and whatever else of the batch is cheap."""
+
 
 class Task(ABC):
     """What a job may ask of any room. Final classes; no state beyond the class attributes."""
@@ -318,6 +340,10 @@ class Task(ABC):
     @abstractmethod
     def duplicates(self, inspections: Sequence[Inspection]) -> list[int]:
         """For each object the index of the first member of its group of exact duplicates (its own index when it has none)."""
+
+    def near_duplicates(self, inspections: Sequence[Inspection]) -> list[tuple[int, int, float]]:
+        """Pairs (i < j) of objects that are almost or exactly the same, and how far apart they are, the closest first."""
+        return []
 
     @abstractmethod
     def prepare(self, item: RawItem, recipe: Recipe) -> Row | Reject:
@@ -372,6 +398,10 @@ class Task(ABC):
             predictions: Of the split that is measured.
             reference: Of ``reference_split``, by the same learner or ensemble; None for tasks that name none.
         """
+
+    def details(self, predictions: Predictions, *, class_names: Sequence[str] = ()) -> dict[str, float]:
+        """Further figures, of the test split when a run or a search ends: bounds of intervals as ``<metric>_low``, ``<metric>_high``, classes by name."""
+        return {}
 
     def references(self, columns: Columns, recipe: Recipe, reference: Columns | None = None) -> dict[str, dict[str, float]]:
         """Baselines that need no training, on a whole split: name -> metrics named as :meth:`evaluate` names them.

@@ -22,7 +22,7 @@ from cad_models.ensemble import pack, read_ensemble, unpack
 from cad_models.task import Predictions, Score, Task
 from cad_models.tasks import TASKS
 from rayjobs.loop import LoopConfig
-from rayjobs.predictions import named_metrics, predict_split
+from rayjobs.predictions import final_figures, named_metrics, predict_split
 from rayjobs.trials import trial_loop
 
 if TYPE_CHECKING:
@@ -233,7 +233,8 @@ def metrics_of(task: Task, predictions: dict[str, Predictions], splits: Sequence
     found: dict[str, float] = {}
     for split in splits:
         if split in predictions:
-            found |= named_metrics(task, predictions[split], split, reference)
+            figures = final_figures(task, predictions[split], reference) if split == "test" else named_metrics(task, predictions[split], split, reference)
+            found |= figures
     return found
 
 

@@ -16,6 +16,7 @@ A run's folder::
 """
 
 import contextlib
+import functools
 import json
 import math
 import tempfile
@@ -25,12 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cad_models.checkpoint import load_member, read_weights, write_member
+from cad_models.checkpoint import load_member, read_weights, start_from, write_member
 from cad_models.common.ema import ExponentialMovingAverage
 from cad_models.common.schedule import lr_factor
 from cad_models.config import Recipe, differences, from_dict, to_dict
@@ -39,8 +39,9 @@ from cad_models.order import object_rng
 from cad_models.task import ADAPT_BATCH, Columns, Learner, Task
 from cad_models.tasks import TASKS
 from rayjobs.batching import fitting_batch_size, prefetched, regrouped
+from rayjobs.gradients import autocast_for, cached_backward, checked_micro_batch_size, same_everywhere, seed_of_step
 from rayjobs.history import CSV_NAME, PNG_NAME, history_csv, history_png
-from rayjobs.predictions import named_metrics, predict_split, rank, split_metrics, world_size
+from rayjobs.predictions import final_figures, predict_split, rank, split_metrics, world_size
 from rayjobs.streams import ROW_KEY, SplitStream
 from rayjobs.system_metrics import system_metrics
 
@@ -117,11 +118,12 @@ class Training:
             torch.set_num_threads(config.num_threads)
         torch.manual_seed(self.recipe.seed)
         self.learner: Learner = self.task.learner(self.recipe, config.signature).to(self.device)
+        self.micro_batch_size = checked_micro_batch_size(self.learner, self.recipe.optim.micro_batch_size)
         self.optimizers = self.learner.optimizers(self.recipe)
         self.peak_lrs = {turn: [group["lr"] for group in opt.param_groups] for turn, opt in self.optimizers.items()}
         decay = self.recipe.optim.ema_decay
         self.ema = ExponentialMovingAverage(self.learner, decay) if decay > 0 else None
-        self.autocast_dtype = _autocast_dtype(self.recipe.precision, self.device)
+        self.autocast = autocast_for(self.recipe.precision, self.device)
         self.state = _State()
         self.batch_size = fitting_batch_size(self.recipe, config.train, self.world_size)
         # NCCL moves no CPU objects; a second, gloo group carries predictions and the stop signal.
@@ -133,7 +135,9 @@ class Training:
             return
         self._resume()
         model: nn.Module = self.learner
-        if self.world_size > 1:
+        if self.world_size > 1 and self.micro_batch_size:
+            same_everywhere(self.learner.state_dict().values())
+        elif self.world_size > 1:
             model = nn.parallel.DistributedDataParallel(self.learner, device_ids=[self.device] if self.device.type == "cuda" else None)
         schedule = self.recipe.schedule
         while self.state.epoch < schedule.num_epochs and not self._out_of_patience():
@@ -168,7 +172,7 @@ class Training:
         for batch in prefetched(self._collated(batches)):
             batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
             # Dropout must not depend on what was drawn before: a resumed run draws the same. Workers differ, as their objects do.
-            torch.manual_seed(int(np.random.SeedSequence((recipe.seed, state.global_step, self.rank)).generate_state(1)[0]))
+            seed_of_step(recipe.seed, state.global_step, self.rank)
             # Streamed epochs may differ by a few steps: the schedule goes by the share of the epochs that is done.
             position = state.epoch * steps + state.step
             factor = lr_factor(position, num_steps=num_steps, num_warmup_steps=warmup_steps, min_ratio=recipe.schedule.min_lr_ratio)
@@ -201,11 +205,15 @@ class Training:
         optimizer = self.optimizers[turn]
         for group, peak in zip(optimizer.param_groups, self.peak_lrs[turn], strict=True):
             group["lr"] = peak * factor
-        with torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            scalars = model(batch, turn)
         optimizer.zero_grad(set_to_none=True)
-        scalars["loss"].backward()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if self.micro_batch_size:
+            seed = functools.partial(seed_of_step, self.recipe.seed, self.state.global_step, self.rank)
+            scalars = cached_backward(self.learner, batch, self.micro_batch_size, seed=seed, autocast=self.autocast)
+        else:
+            with self.autocast():
+                scalars = model(batch, turn)
+            scalars["loss"].backward()
         limit = self.recipe.optim.grad_clip_norm
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else math.inf)
         # Reading the norm waits for a GPU: there every 16th step is soon enough to catch NaN.
@@ -296,7 +304,7 @@ class Training:
         }
         if self.rank == 0:
             reference = predicted.get(self.task.reference_split)
-            test = named_metrics(self.task, predicted["test"], "test", reference) if "test" in predicted else {}
+            test = final_figures(self.task, predicted["test"], reference, self.config.signature) if "test" in predicted else {}
             metrics = {**best.metrics, **test}
             self._write_history()  # a run that was killed just before its last line has it now
             self.folder.write_bytes(PNG_NAME, history_png(self.task, self.state.history, title=self.folder.uri.rsplit("/", 1)[1]))
@@ -361,7 +369,7 @@ class Training:
                 self.folder.recover(name)
         self._barrier()
         if not self.folder.exists("last"):
-            self._adapt()
+            self._begin()
             return
         with self.folder.fetched("last") as directory:
             saved = torch.load(directory / "trainer_state.pt", map_location=self.device, weights_only=True)
@@ -374,10 +382,11 @@ class Training:
             self.ema.load_state_dict(saved["ema"])
         self.state = _State.from_dict(saved["loop"])
 
-    def _adapt(self) -> None:
-        if self.learner.adapt_objects == 0:
-            return
-        self.learner.adapt(self._adapt_batches())
+    def _begin(self) -> None:
+        if self.recipe.init_from:
+            start_from(self.learner, self.recipe.init_from)
+        if self.learner.adapt_objects != 0:
+            self.learner.adapt(self._adapt_batches())
         if self.ema is not None:
             self.ema = ExponentialMovingAverage(self.learner, self.ema.decay)
 
@@ -489,11 +498,3 @@ def check_recipe(config: LoopConfig) -> None:
         raise ValueError(
             f"{folder.uri} holds a run of another recipe ({'; '.join(changes)}): choose another --name, or delete that folder to start over"
         )
-
-
-def _autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    if precision == "bfloat16":
-        return torch.bfloat16
-    if precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported():
-        return torch.bfloat16
-    return None

@@ -1,5 +1,7 @@
 """Predictions and metrics of whole splits, on one worker or on all of a training's."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -41,6 +43,15 @@ def split_metrics(
 def named_metrics(task: Task, predictions: Predictions, split: str, reference: Predictions | None = None) -> dict[str, float]:
     """`Task.evaluate` with the split's prefix."""
     return {f"{split}/{name}": float(value) for name, value in task.evaluate(predictions, reference).items()}
+
+
+def final_figures(
+    task: Task, predictions: Predictions, reference: Predictions | None = None, signature: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, float]:
+    """`Task.evaluate` and `Task.details` of the test split, ``test/<name>``."""
+    details = task.details(predictions, class_names=signature.get("class_names", ()))
+    details = {f"test/{name}": float(value) for name, value in details.items()}
+    return named_metrics(task, predictions, "test", reference) | details
 
 
 def predict_split(

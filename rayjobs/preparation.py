@@ -37,6 +37,7 @@ _INSPECTION_SCHEMA = pa.schema(
         ("size", pa.int64()),
         ("complexity", pa.float64()),
         ("signature", pa.binary()),
+        ("shape", pa.binary()),
         ("reason", pa.string()),
         ("detail", pa.string()),
     ]
@@ -162,6 +163,7 @@ def inspect_chunk(
         else:
             row |= {"sha256": result.sha256, "inputs": result.inputs, "size": result.size, "complexity": result.complexity}
             row["signature"] = np.asarray(result.signature, dtype=np.float64).tobytes()
+            row["shape"] = None if result.shape is None else np.asarray(result.shape, dtype=np.float16).tobytes()
         rows.append(row)
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows, schema=_INSPECTION_SCHEMA), sink)
@@ -190,6 +192,7 @@ def _result(row: dict[str, Any]) -> Inspection | Reject:
         size=row["size"],
         complexity=row["complexity"],
         signature=np.frombuffer(row["signature"], dtype=np.float64),
+        shape=None if row["shape"] is None else np.frombuffer(row["shape"], dtype=np.float16).reshape(-1, 3),
     )
 
 

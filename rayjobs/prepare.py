@@ -8,7 +8,9 @@ Killed or stopped, the same command goes on from what is finished; run again, it
 listed with their reason in <dataset>/quarantine.parquet; the others are all there.
 """
 
+import csv
 import dataclasses
+import io
 import os
 import time
 from collections import Counter
@@ -20,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from cad_models.config import json_digest
-from cad_models.splits import SplitConfig, apply_split_csv, draw_splits, read_split_csv
+from cad_models.splits import SplitConfig, apply_split_csv, draw_splits, joined, read_split_csv
 from cad_models.task import Inspection, Listing, RawItem, Reject, Task
 from cad_models.tasks import TASKS
 from rayjobs.cli import RecipeFlags, UsageError, run_job
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from rayjobs.preparation import Inspected, PartPlan, PartResult, PlannedObject
 
 LOCK_NAME = ".prepare.lock"
+NEAR_DUPLICATES = "near_duplicates.csv"
 
 # ROW_KEY of rayjobs/streams.py numbers the rows of a part with 20 bits.
 _MOST_OBJECTS_PER_PART = 2**20
@@ -135,8 +138,9 @@ def _prepare(job: PrepareJob, task: Task, dataset: "DatasetFolder", listing: Lis
 
     inspected = _inspect_all(job, task, dataset, limits, items, progress_file)
     rejects += [(i.item.source, i.result) for i in inspected if isinstance(i.result, Reject)]
-    good = [i for i in inspected if isinstance(i.result, Inspection)]
-    objects, warnings = assign(good, task, job.split, csv_text)
+    good = sorted((i for i in inspected if isinstance(i.result, Inspection)), key=lambda i: i.item.object_id)
+    near = task.near_duplicates([i.result for i in good]) if job.split.near_duplicates != "ignore" else []
+    objects, warnings = assign(good, task, job.split, csv_text, near)
     plans = plan_parts(objects, task, job.recipe, job.objects_per_part)
 
     kinds = list(task.schemas(job.recipe))
@@ -164,6 +168,10 @@ def _prepare(job: PrepareJob, task: Task, dataset: "DatasetFolder", listing: Lis
         labels=sum_labels([r.labels for r in results]),
     )
     dataset.write_quarantine(rows)
+    if job.split.near_duplicates == "ignore":
+        dataset.folder.delete(NEAR_DUPLICATES)
+    else:
+        dataset.folder.write_bytes(NEAR_DUPLICATES, near_duplicates_csv(objects, near))
     dataset.folder.delete(INSPECTIONS)
     dataset.folder.remove_leftovers()
     dataset.write_manifest(manifest)
@@ -262,11 +270,16 @@ def _inspect_all(
     return [inspected for i in range(len(chunks)) for inspected in found[i]]
 
 
-def assign(inspected: "Sequence[Inspected]", task: Task, split: SplitConfig, csv_text: str) -> "tuple[list[PlannedObject], list[str]]":
-    """Group the good objects by exact duplicates and split the groups.
+def assign(
+    inspected: "Sequence[Inspected]", task: Task, split: SplitConfig, csv_text: str, near: Sequence[tuple[int, int, float]] = ()
+) -> "tuple[list[PlannedObject], list[str]]":
+    """Group the good objects by exact duplicates (with ``--split.near-duplicates group`` also by near ones) and split the groups.
+
+    Args:
+        near: `Task.near_duplicates` of the objects in the order of their ids.
 
     Returns:
-        The objects in the order of their ids, and what the user should know of their CSV.
+        The objects in the order of their ids, and what the user should know of their CSV and of near duplicates in different splits.
     """
     from rayjobs.preparation import PlannedObject
 
@@ -274,32 +287,54 @@ def assign(inspected: "Sequence[Inspected]", task: Task, split: SplitConfig, csv
     ids = [i.item.object_id for i in inspected]
     group = task.duplicates([i.result for i in inspected]) if inspected else []
     warnings = []
+    # What is drawn as one. The group that counts as one right answer stays that of the exact duplicates.
+    together = joined(group, [(i, j) for i, j, _ in near]) if split.near_duplicates == "group" else group
     if split.kind == "csv":
         named = read_split_csv(csv_text)
-        given = apply_split_csv(named, ids, group, divide_duplicates=split.divide_duplicates)
+        given = apply_split_csv(named, ids, together, divide_duplicates=split.divide_duplicates)
         splits = given.splits
         if given.num_unnamed:
             unnamed = [object_id for object_id, name in zip(ids, splits, strict=True) if name == "unused"]
             warnings.append(f"{given.num_unnamed:,} objects are not named by --split.csv and in no split ({_examples(unnamed)})")
         if given.unknown:
             warnings.append(f"{len(given.unknown):,} rows of --split.csv name no object of this dataset ({_examples(given.unknown)})")
+        kind = "exact and near duplicates" if split.near_duplicates == "group" else "exact duplicates"
         if given.divided_groups and split.divide_duplicates:
             warnings.append(
-                f"{len(given.divided_groups):,} groups of exact duplicates are divided, as --split.divide-duplicates asks: {given.num_leaked:,} objects of val "
-                "and test have an exact duplicate in train, and metrics reward remembering them"
+                f"{len(given.divided_groups):,} groups of {kind} are divided, as --split.divide-duplicates asks: {given.num_leaked:,} objects of val "
+                f"and test have one of their {kind} in train, and metrics reward remembering them"
             )
         elif given.divided_groups:
             warnings.append(
-                f"{len(given.divided_groups):,} groups of exact duplicates are divided by --split.csv; each went whole to its strictest split "
+                f"{len(given.divided_groups):,} groups of {kind} are divided by --split.csv; each went whole to its strictest split "
                 f"(test, then val, then train): {_examples(given.divided_groups)}"
             )
     else:
-        splits = draw_splits(split, group, [i.result.complexity for i in inspected], [i.item.label for i in inspected])
+        splits = draw_splits(split, together, [i.result.complexity for i in inspected], [i.item.label for i in inspected])
+    apart = [(ids[i], ids[j], distance) for i, j, distance in near if splits[i] != splits[j] and "unused" not in (splits[i], splits[j])]
+    if apart:
+        shown = [f"{a} ~ {b} ({distance:.2f})" for a, b, distance in apart]
+        warnings.append(
+            f"{len(apart):,} pairs of near duplicates lie in different splits, which flatters val and test: {_examples(shown)}; all of them in "
+            f"{NEAR_DUPLICATES}; --split.near-duplicates group keeps each in one split"
+        )
     objects = [
         PlannedObject(item=i.item, sha256=i.result.sha256, inputs=i.result.inputs, group_id=ids[g], split=name)
         for i, g, name in zip(inspected, group, splits, strict=True)
     ]
     return objects, warnings
+
+
+def near_duplicates_csv(objects: "Sequence[PlannedObject]", near: Sequence[tuple[int, int, float]]) -> bytes:
+    """``near_duplicates.csv``: pairs that are no exact duplicates, the closest first, with their splits."""
+    sink = io.StringIO()
+    writer = csv.writer(sink, lineterminator="\n")
+    writer.writerow(["distance", "model_id_1", "split_1", "model_id_2", "split_2"])
+    for i, j, distance in near:
+        a, b = objects[i], objects[j]
+        if a.group_id != b.group_id:
+            writer.writerow([f"{distance:.3f}", a.item.object_id, a.split, b.item.object_id, b.split])
+    return sink.getvalue().encode()
 
 
 def _examples(names: Sequence[str], most: int = 5) -> str:

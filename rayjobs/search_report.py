@@ -4,7 +4,7 @@ import csv
 import html
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cad_models.config import Recipe, paths, replace_all
@@ -80,13 +80,19 @@ def member_table(selection: dict[str, Any], score: Score) -> str:
     names.sort(key=lambda name: (name.startswith("test/"), name.count("/"), name))
     header = ["", *names]
     rows = [
-        [f"{entry['name']}{' *' if i in selection['chosen'] else ''}", *[f"{entry['metrics'][name]:.4f}" for name in names]]
+        [f"{entry['name']}{' *' if i in selection['chosen'] else ''}", *[with_bounds(entry["metrics"], name) for name in names]]
         for i, entry in enumerate(selection["members"])
     ]
-    rows.append([f"ensemble of {len(selection['chosen'])}", *[f"{known[name]:.4f}" for name in names]])
+    rows.append([f"ensemble of {len(selection['chosen'])}", *[with_bounds(known, name) for name in names]])
     widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
     lines = ["  ".join([line[0].ljust(widths[0]), *[c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)]]) for line in [header, *rows]]
     return "\n".join([*lines, "* = in the ensemble"])
+
+
+def with_bounds(metrics: Mapping[str, float], name: str) -> str:
+    """A figure, and its confidence interval where there is one: ``0.7143 [0.6122, 0.8163]``."""
+    bounds = [metrics.get(f"{name}_{side}") for side in ("low", "high")]
+    return f"{metrics[name]:.4f}" + (f" [{bounds[0]:.4f}, {bounds[1]:.4f}]" if None not in bounds else "")
 
 
 def _is_part(name: str, split: str, metric: str) -> bool:

@@ -349,12 +349,18 @@ def print_result(result: dict[str, Any], folder: Folder, table: dict[str, dict[s
     ended = f" after {result['num_epochs']} epochs, {result['ended']}" if "ended" in result else ""
     print(f"best {result['score_name']}: {result['score']:.4f}{ended}")
     if table["this run"]:
-        names = sorted(table["this run"], key=_natural)
-        width = max(map(len, names))
-        print("test split".ljust(width) + "".join(f"  {column:>14}" for column in table))
-        for name in names:
-            cells = (f"{figures[name]:14.4f}" if name in figures else " " * 14 for figures in table.values())
-            print(name.ljust(width) + "".join(f"  {cell:>{max(14, len(column))}}" for cell, column in zip(cells, table, strict=True)))
+        from rayjobs.search_report import with_bounds
+
+        bounds = {f"{name}_{side}" for name in table["this run"] for side in ("low", "high")}
+        names = sorted(table["this run"].keys() - bounds, key=_natural)
+        cells = [[with_bounds(figures, name) if name in figures else "" for figures in table.values()] for name in names]
+        width = max(len("test split"), *map(len, names))
+        widths = [max(14, *map(len, column)) for column in zip(list(table), *cells, strict=True)]
+        print("test split".ljust(width) + "".join(f"  {column:>{w}}" for column, w in zip(table, widths, strict=True)))
+        for name, row in zip(names, cells, strict=True):
+            print(name.ljust(width) + "".join(f"  {cell:>{w}}" for cell, w in zip(row, widths, strict=True)))
+        if bounds & table["this run"].keys():
+            print("[low, high]: 95 % confidence intervals")
     print(f"best checkpoint: {folder.path(result['best'])}\nlast checkpoint: {folder.path('last')}")
     if folder.exists("report"):
         pages = [name for name in folder.names("report") if name.endswith(".html")]

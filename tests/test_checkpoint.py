@@ -33,6 +33,7 @@ def batch_of(recipe) -> dict[str, torch.Tensor]:
         "query_views": torch.randn(3, 2, IMAGE_WIDTH, generator=generator),
         "query_mask": torch.tensor([[True, True], [True, False], [True, True]]),
         "group": torch.arange(3),
+        "label": torch.zeros(3, dtype=torch.int64),
     }
 
 

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from cad_models.splits import SplitConfig, apply_split_csv, draw_splits, read_split_csv
+from cad_models.splits import SplitConfig, apply_split_csv, draw_splits, joined, read_split_csv
 
 
 def drawn(kind: str, group, complexity=None, label=(), **values) -> list[str]:
@@ -171,3 +171,10 @@ def test_csv_unnamed_duplicate_follows_its_group_without_a_warning():
 def test_csv_tells_unnamed_objects_and_unknown_rows():
     result = apply_split_csv({"a": "train", "ghost": "val"}, ["a", "b", "c"], [0, 1, 2])
     assert (result.splits, result.num_unnamed, result.unknown) == (["train", "unused", "unused"], 2, ["ghost"])
+
+
+# --- joined groups ------------------------------------------------------------------------------------------------------------------------
+def test_joined_groups_hang_together_through_any_chain():
+    group = [0, 1, 2, 1, 4, 5, 5]
+    assert joined(group, [(4, 3), (2, 6), (4, 1)]) == [0, 1, 2, 1, 1, 2, 2]
+    assert joined(group, []) == group

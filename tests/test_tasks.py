@@ -181,6 +181,9 @@ def test_inspections_find_the_same_object_under_another_name(task):
     items = task.list_raw("builtin:3").items
     found = [task.inspect(item, recipe) for item in (*items, dataclasses.replace(items[1], object_id="copy", source="copy"))]
     assert task.duplicates(found) == [0, 1, 2, 1]
+    near = task.near_duplicates(found)
+    assert near == sorted(near, key=lambda pair: pair[2]) and all(0 <= i < j < 4 for i, j, _ in near)
+    assert not near or (1, 3) in {(i, j) for i, j, _ in near}
     assert not any(isinstance(i, Reject) for i in found) and all(i.complexity > 0 for i in found)
 
 
@@ -252,6 +255,10 @@ def test_evaluation_gives_the_metrics_that_the_task_names(task, prepared):
     metrics = task.evaluate(predicted, beside)
     assert all(isinstance(value, float) and np.isfinite(value) for value in metrics.values())
     assert {metric.split("/", 1)[1] for metric in task.best_metrics.values()} <= metrics.keys()
+    details = task.details(predicted, class_names=prepared.signature.get("class_names", ()))
+    assert not details.keys() & metrics.keys() and all(np.isfinite(value) for value in details.values())
+    for name in {name.removesuffix("_low") for name in details if name.endswith("_low")}:
+        assert details[f"{name}_low"] <= (metrics | details)[name] <= details[f"{name}_high"]
     assert task.evaluate(task.combine([predicted]), beside) == pytest.approx(metrics)
     twice = task.combine([predicted, predicted], weights=[1.0, 3.0])
     combined = task.evaluate(twice, twice if task.reference_split else None)

@@ -12,6 +12,7 @@ import pyarrow as pa
 from cad_models.alignment.recipe import AlignmentRecipe, AugmentConfig
 from cad_models.common.images import BadImage, decode_image, encode_png
 from cad_models.common.meshes import MESH_SUFFIXES, BadMesh, Mesh, geometry_signature, load_mesh, mesh_facts, normalized
+from cad_models.common.near_duplicates import shape_points
 from cad_models.common.points import fps_order, sample_surface, seed_of
 from cad_models.dataset import DatasetError, Folder, tensor_field, to_numpy
 from cad_models.task import Columns, Inspection, Listing, RawItem, Reject, Row
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     import torch
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+# Surface points of which the well-spread few are taken that tell near duplicates.
+_SHAPE_SAMPLES = 2_048
 
 # Points after this many stand in sampling order: a model never uses more centres than this, and ordering all of them costs 10 x more.
 NUM_ORDERED_POINTS = 1_024
@@ -159,6 +163,7 @@ def inspect_item(item: RawItem) -> Inspection | Reject:
         size=len(mesh.faces),
         complexity=float(len(mesh.vertices)) * len(mesh.faces),
         signature=geometry_signature(mesh),
+        shape=shape_points(sample_surface(normalized(mesh), _SHAPE_SAMPLES, 0)[0]),
         inputs=_images_digest(item),
     )
 
@@ -296,6 +301,11 @@ def schemas(recipe: AlignmentRecipe) -> dict[str, pa.Schema]:
 
 
 # --- training -----------------------------------------------------------------------------------------------------------------------------
+def category_number(label: str) -> int:
+    """A label as int64, the same on every machine; 0 without one."""
+    return group_number(label) if label else 0
+
+
 def group_number(group_id: str) -> int:
     """A group id as int64, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(group_id.encode(), digest_size=8).digest(), "big", signed=True)
@@ -303,7 +313,7 @@ def group_number(group_id: str) -> int:
 
 def examples(tables: dict[str, pa.Table], recipe: AlignmentRecipe) -> Columns:
     """Co-partitioned tables -> ``points`` float32 [n, points, channels], ``views`` float16 [n, most views, width] (zeros where an object has
-    fewer), ``num_views`` int64 [n], the same for ``query_views``, ``group`` int64 [n], ``object_id`` [n]."""
+    fewer), ``num_views`` int64 [n], the same for ``query_views``, ``group`` and ``label`` int64 [n], ``object_id`` [n]."""
     objects, embeddings = tables["objects"], tables["embeddings"]
     num_points = recipe.model.num_points
     stored = to_numpy(objects, "points")
@@ -317,6 +327,7 @@ def examples(tables: dict[str, pa.Table], recipe: AlignmentRecipe) -> Columns:
     columns: Columns = {
         "points": np.ascontiguousarray(points),
         "group": np.array([group_number(g) for g in objects.column("group_id").to_pylist()], dtype=np.int64),
+        "label": np.array([category_number(label or "") for label in objects.column("label").to_pylist()], dtype=np.int64),
         "object_id": np.array(objects.column("object_id").to_pylist(), dtype=object),
     }
     for name, source in (("views", "embeddings"), ("query_views", "query_embeddings")):
@@ -331,7 +342,7 @@ def examples(tables: dict[str, pa.Table], recipe: AlignmentRecipe) -> Columns:
 
 
 def collate(columns: Columns, recipe: AlignmentRecipe, *, rngs: Sequence[np.random.Generator] | None) -> "dict[str, torch.Tensor]":
-    """Arrays of a batch -> tensors ``points``, ``group``, ``views`` and ``view_mask`` (training) or ``query_views`` and ``query_mask``."""
+    """Arrays of a batch -> tensors ``points``, ``group``, ``views`` and ``view_mask`` (training) or ``query_views``, ``query_mask`` and ``label``."""
     import torch
 
     name = "query_views" if rngs is None else "views"
@@ -340,7 +351,9 @@ def collate(columns: Columns, recipe: AlignmentRecipe, *, rngs: Sequence[np.rand
         points = np.stack([_augmented(cloud, recipe.data.augment, rng) for cloud, rng in zip(points, rngs, strict=True)])
         if 0 < recipe.data.views_per_step < views.shape[1]:
             views, count = _draw_views(views, count, recipe.data.views_per_step, rngs)
+    labels = {"label": torch.from_numpy(np.array(columns["label"]))} if rngs is None else {}
     return {
+        **labels,
         "points": torch.from_numpy(np.array(points, dtype=np.float32)),
         "group": torch.from_numpy(np.array(columns["group"])),
         name: torch.from_numpy(views),

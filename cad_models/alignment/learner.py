@@ -1,22 +1,26 @@
 """Point encoder, image head and loss as one module: what the training loop drives and what a checkpoint holds."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from cad_models.alignment.loss import MultiPositiveContrastiveLoss
 from cad_models.alignment.model import MixtureOfExperts, PointEncoder, parameter_groups
-from cad_models.alignment.model_config import HeadConfig, point_encoder_config
-from cad_models.alignment.recipe import AlignmentRecipe
-from cad_models.task import ADAPT_BATCH, Learner
+from cad_models.alignment.model_config import HeadConfig, PointEncoderConfig, point_encoder_config, released_config
+from cad_models.alignment.recipe import AlignmentModel, AlignmentRecipe
+from cad_models.task import ADAPT_BATCH, EmbeddingLearner
 
 _FILES = {"moe": "image_head", "pc_encoder": "point_encoder"}
+# What ReConV2's training gives clouds without colour, and to every second cloud with one.
+_GRAY = 0.4
 
 
-class AlignmentLearner(nn.Module, Learner):
+class AlignmentLearner(nn.Module, EmbeddingLearner):
     """Aligns a point encoder and a head on frozen image embeddings in one space.
 
     Args:
@@ -28,11 +32,7 @@ class AlignmentLearner(nn.Module, Learner):
     def __init__(self, recipe: AlignmentRecipe, image_width: int):
         super().__init__()
         model = recipe.model
-        self.point_encoder = PointEncoder(
-            point_encoder_config(
-                model.size, channels=model.channels, embed_dim=model.embed_dim, drop_path=model.drop_path, patch_dropout=model.patch_dropout
-            )
-        )
+        self.point_encoder = PointEncoder(_encoder_config(model))
         self.image_head = MixtureOfExperts(
             HeadConfig(num_experts=model.num_experts, top_k=model.top_k, balance_weight=recipe.loss.balance_weight),
             in_dim=image_width,
@@ -65,7 +65,7 @@ class AlignmentLearner(nn.Module, Learner):
         was_training = self.training
         self.eval()
         encoder = self.point_encoder
-        queries = torch.cat([encoder.encode(points).queries for points in batch["points"].split(32)])
+        queries = torch.cat([encoder.encode(self._columns(points)).queries for points in batch["points"].split(32)])
         num_image_queries = encoder.config.num_image_queries
         for projection, part in ((encoder.image_proj, queries[:, :num_image_queries]), (encoder.text_proj, queries[:, num_image_queries:])):
             if projection is not None:
@@ -74,29 +74,48 @@ class AlignmentLearner(nn.Module, Learner):
 
     def forward(self, batch: dict[str, Tensor], turn: str) -> dict[str, Tensor]:
         """Contrastive loss of this worker's objects against those of all workers, plus the experts' telemetry."""
-        cad = self.point_encoder(batch["points"])
+        return self.loss_from(self.embed(batch), batch)
+
+    def embed(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``cad`` float32 [n, dim]: the point encoder is what costs; the head is a few linear layers on frozen embeddings."""
+        return {"cad": self.embed_cad(batch["points"])}
+
+    def loss_from(self, embedded: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The loss of the whole batch; the experts' load is balanced over all its views."""
         mask = batch["view_mask"]
         # Only real views go through the head: padding would count in the experts' load.
         projected, telemetry = self.image_head(self._standardised(batch["views"][mask]))
         image = projected.new_zeros(*mask.shape, projected.shape[1])
         image[mask] = projected
-        contrastive = self.loss(cad.float(), image.float(), mask, batch["group"])
+        contrastive = self.loss(embedded["cad"], image.float(), mask, batch["group"])
         scalars = {f"moe/{name}": value for name, value in telemetry.items()}
         auxiliary = scalars.pop("moe/loss", None)
         loss = contrastive if auxiliary is None else contrastive + auxiliary
         return {"loss": loss, "contrastive": contrastive.detach(), "temperature": 1 / self.loss.scale.detach(), **scalars}
 
     def predict(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``cad`` [n, dim], ``query`` [n, views, dim] (zeros where an object has fewer views), ``num_queries`` [n], ``group`` [n]."""
+        """``cad`` [n, dim], ``query`` [n, views, dim] (zeros where an object has fewer views), ``num_queries``, ``group``, ``label`` [n]."""
         mask = batch["query_mask"]
         projected = self.embed_images(batch["query_views"][mask])
         query = projected.new_zeros(*mask.shape, projected.shape[1])
         query[mask] = projected
-        return {"cad": self.embed_cad(batch["points"]), "query": query, "num_queries": mask.sum(1), "group": batch["group"]}
+        return {
+            "cad": self.embed_cad(batch["points"]),
+            "query": query,
+            "num_queries": mask.sum(1),
+            "group": batch["group"],
+            "label": batch["label"],
+        }
 
     def embed_cad(self, points: Float[Tensor, "batch num_points channels"]) -> Float[Tensor, "batch dim"]:
         """Unit embeddings of point clouds."""
-        return self.point_encoder(points).float()
+        return self.point_encoder(self._columns(points)).float()
+
+    def _columns(self, points: Tensor) -> Tensor:
+        """The columns that the encoder reads: CAD models have no colour, so every point gets the gray."""
+        if self.point_encoder.config.channels != "xyz+color":
+            return points
+        return F.pad(points, (0, 3), value=_GRAY)
 
     def embed_images(self, embeddings: Float[Tensor, "rows image_width"]) -> Float[Tensor, "rows dim"]:
         """Unit embeddings of frozen image embeddings."""
@@ -137,3 +156,10 @@ def build(recipe: AlignmentRecipe, signature: dict[str, Any]) -> AlignmentLearne
         if signature[name] != wanted:
             raise ValueError(f"the recipe's model.{name} is {wanted!r}, the signature says {signature[name]!r}")
     return AlignmentLearner(recipe, signature["image_width"])
+
+
+def _encoder_config(model: AlignmentModel) -> PointEncoderConfig:
+    dropped = {"drop_path": model.drop_path, "patch_dropout": model.patch_dropout}
+    if model.size.startswith("recon_"):
+        return dataclasses.replace(released_config(model.size.removeprefix("recon_")), **dropped)
+    return point_encoder_config(model.size, channels=model.channels, embed_dim=model.embed_dim, **dropped)

@@ -85,7 +85,8 @@ class MultiPositiveContrastiveLoss(nn.Module):
         padding = (0, max_views - num_local_views, 0, max_objects - num_local)
         mask_all = gather(F.pad(view_mask, padding))  # [W * max_objects, max_views]
         group_all = gather(F.pad(group, (0, padding[-1])))
-        image_all = gather_with_gradient(F.pad(image, (0, 0, *padding)).flatten(0, 1))
+        # The images are what is large: they are copied only where there is something to add or to leave out.
+        image_all = gather_with_gradient((F.pad(image, (0, 0, *padding)) if any(padding) else image).flatten(0, 1))
         num_images = mask_all.sum()
         num_objects = mask_all.any(dim=1).sum()
 
@@ -97,7 +98,7 @@ class MultiPositiveContrastiveLoss(nn.Module):
         scale = self.scale.to(cad.dtype)
         row_lse, column_lse = two_way_logsumexp(
             cad,
-            image_all[column],
+            image_all if len(column) == len(image_all) else image_all[column],
             scale,
             row_owner=torch.arange(first, first + num_local, device=cad.device),
             column_owner=owner,

@@ -1,14 +1,24 @@
 """Recall of image -> mesh and mesh -> image over a whole split, under three protocols for the number of images."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
+from cad_models.alignment.data import category_number
+from cad_models.common.bootstrap import ratio_intervals
 from cad_models.common.retrieval import ranks, recall_at
 from cad_models.task import Predictions
 
 KS = (1, 3, 5, 10)
+DIRECTIONS = ("image_to_mesh", "mesh_to_image")
 PROTOCOLS: dict[str, int] = {"": 1, "3_views/": 3, "all_views/": 0}
 """Infix of the metric's name -> images that are averaged into one; 0 = all that an object has."""
+
+_MOST_CATEGORIES = 50
+# Below it an interval from resamples says more about their number than about the category.
+_FEWEST_FOR_BOUNDS = 5
 
 
 def retrieval_metrics(predictions: Predictions) -> dict[str, float]:
@@ -27,23 +37,100 @@ def retrieval_metrics(predictions: Predictions) -> dict[str, float]:
         ``image_to_mesh/recall@1`` … ``mesh_to_image/all_views/recall@10`` in [0, 1]; ``<direction>/median_rank`` (from 1); ``recall@1`` …
         ``recall@10``: the mean of both directions, one image.
     """
-    cad = torch.from_numpy(np.asarray(predictions["cad"], dtype=np.float32))
-    group = torch.from_numpy(np.asarray(predictions["group"], dtype=np.int64))
     metrics: dict[str, float] = {}
-    for infix, size in PROTOCOLS.items():
-        images, owner = averaged_views(predictions["query"], predictions["num_queries"], size)
-        image = torch.from_numpy(images)
-        forward = ranks(image, cad, group[torch.from_numpy(owner)], group)
-        metrics |= {f"image_to_mesh/{infix}recall@{k}": value for k, value in _recalls(forward).items()}
-        backward = [ranks(cad, image[rows], group, group[torch.from_numpy(owner[rows])]) for rows in one_per_object(owner)]
-        backward_ranks = torch.cat(backward)
-        metrics |= {f"mesh_to_image/{infix}recall@{k}": value for k, value in _recalls(backward_ranks).items()}
+    for infix, found in _ranks_by_protocol(predictions).items():
+        metrics |= {f"image_to_mesh/{infix}recall@{k}": value for k, value in _recalls(found.image_to_mesh).items()}
+        metrics |= {f"mesh_to_image/{infix}recall@{k}": value for k, value in _recalls(found.mesh_to_image).items()}
         if not infix:
-            metrics["image_to_mesh/median_rank"] = float(forward.float().median())
-            metrics["mesh_to_image/median_rank"] = float(backward_ranks.float().median())
+            metrics["image_to_mesh/median_rank"] = float(found.image_to_mesh.float().median())
+            metrics["mesh_to_image/median_rank"] = float(found.mesh_to_image.float().median())
     for k in KS:
         metrics[f"recall@{k}"] = (metrics[f"image_to_mesh/recall@{k}"] + metrics[f"mesh_to_image/recall@{k}"]) / 2
     return metrics
+
+
+def retrieval_details(predictions: Predictions, class_names: Sequence[str] = ()) -> dict[str, float]:
+    """What is worth its place once, at the end of a run: intervals of `retrieval_metrics`, and Recall@3 by category.
+
+    Bounds of 95 % by bootstrap over objects (1,000 resamples, seeded; the gallery stays as it is) are named ``<metric>_low`` and ``<metric>_high``.
+    Categories (the 50 largest) are ``<direction>/category/<name>/recall@3``, among the whole split's gallery, with ``category/<name>/num_objects``
+    and, from 5 objects on, bounds.
+
+    Args:
+        predictions: As for `retrieval_metrics`; with ``label`` int64 [n] (`cad_models.alignment.data.category_number`) also by category.
+        class_names: Names of the categories.
+    """
+    num_objects = len(predictions["group"])
+    by_protocol = _ranks_by_protocol(predictions)
+    figures: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for infix, found in by_protocol.items():
+        for direction, ranks_of, owner in (
+            ("image_to_mesh", found.image_to_mesh, found.image_owner),
+            ("mesh_to_image", found.mesh_to_image, found.mesh_owner),
+        ):
+            counts = np.bincount(owner, minlength=num_objects).astype(np.float64)
+            for k in KS:
+                hits = np.bincount(owner, weights=(ranks_of <= k).numpy(), minlength=num_objects)
+                figures[f"{direction}/{infix}recall@{k}"] = hits, counts
+    for k in KS:
+        # The mean of both directions as one ratio: each direction's hits are scaled to the same denominator.
+        (hits, counts), (others, other_counts) = (figures[f"{direction}/recall@{k}"] for direction in DIRECTIONS)
+        figures[f"recall@{k}"] = (hits / counts.sum() + others / other_counts.sum()) / 2, (counts / counts.sum() + other_counts / other_counts.sum()) / 2
+    details = _bounds(figures)
+    if "label" not in predictions:
+        return details
+    label = np.asarray(predictions["label"])
+    members = {name: label == category_number(name) for name in class_names}
+    largest = sorted((name for name in members if members[name].any()), key=lambda name: (-int(members[name].sum()), name))[:_MOST_CATEGORIES]
+    for name in largest:
+        inside = members[name]
+        details[f"category/{name}/num_objects"] = float(inside.sum())
+        own = {}
+        for direction in DIRECTIONS:
+            hits, counts = (values[inside] for values in figures[f"{direction}/recall@3"])
+            if counts.sum() > 0:
+                own[f"{direction}/category/{name}/recall@3"] = hits, counts
+        details |= {metric: float(hits.sum() / counts.sum()) for metric, (hits, counts) in own.items()}
+        if inside.sum() >= _FEWEST_FOR_BOUNDS:
+            details |= _bounds(own)
+    return details
+
+
+def _bounds(figures: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+    if not figures:
+        return {}
+    low, high = ratio_intervals(np.stack([hits for hits, _ in figures.values()], axis=1), np.stack([counts for _, counts in figures.values()], axis=1))
+    bounds = {}
+    for name, least, most in zip(figures, low.tolist(), high.tolist(), strict=True):
+        bounds |= {f"{name}_low": least, f"{name}_high": most}
+    return bounds
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ranks:
+    """Ranks of all queries of a protocol, and whose query each is."""
+
+    image_to_mesh: torch.Tensor
+    image_owner: np.ndarray
+    mesh_to_image: torch.Tensor
+    mesh_owner: np.ndarray
+
+
+def _ranks_by_protocol(predictions: Predictions) -> dict[str, _Ranks]:
+    cad = torch.from_numpy(np.asarray(predictions["cad"], dtype=np.float32))
+    group = torch.from_numpy(np.asarray(predictions["group"], dtype=np.int64))
+    found = {}
+    for infix, size in PROTOCOLS.items():
+        images, owner = averaged_views(predictions["query"], predictions["num_queries"], size)
+        image = torch.from_numpy(images)
+        galleries = one_per_object(owner)
+        found[infix] = _Ranks(
+            image_to_mesh=ranks(image, cad, group[torch.from_numpy(owner)], group),
+            image_owner=owner,
+            mesh_to_image=torch.cat([ranks(cad, image[rows], group, group[torch.from_numpy(owner[rows])]) for rows in galleries]),
+            mesh_owner=np.tile(np.arange(len(cad)), len(galleries)),
+        )
+    return found
 
 
 def _recalls(found: torch.Tensor) -> dict[int, float]:

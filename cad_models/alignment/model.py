@@ -4,7 +4,7 @@ from torch import nn
 
 from cad_models.alignment.model_config import HeadConfig, PointEncoderConfig, point_encoder_config, released_config
 from cad_models.alignment.moe import MixtureOfExperts
-from cad_models.alignment.point_encoder import PointEncoder, PointFeatures, load_reconv2
+from cad_models.alignment.point_encoder import PointEncoder, PointFeatures
 
 __all__ = [
     "HeadConfig",
@@ -12,7 +12,6 @@ __all__ = [
     "PointEncoder",
     "PointEncoderConfig",
     "PointFeatures",
-    "load_reconv2",
     "parameter_groups",
     "point_encoder_config",
     "released_config",

@@ -6,7 +6,7 @@ from typing import Literal
 
 Size = Literal["tiny", "small", "base", "large"]
 Channels = Literal["xyz", "xyz+normals", "xyz+color", "xyz+normals+color"]
-ReleasedName = Literal["small", "small_1k", "base", "base_1k", "large", "large_1k"]
+ReleasedName = Literal["small", "small_1k", "base", "base_1k", "large", "large_1k", "giant"]
 
 NUM_CHANNELS: dict[str, int] = {"xyz": 3, "xyz+normals": 6, "xyz+color": 6, "xyz+normals+color": 9}
 
@@ -25,6 +25,8 @@ class PointEncoderConfig:
     """Number of layers; each has one local block and one cross block."""
     num_heads: int = 2
     """Attention heads; divides ``width``."""
+    mlp_width: int = 0
+    """Hidden width of the blocks' MLPs; 0 = four times ``width``."""
     num_groups: int = 64
     """Patches a cloud is divided into."""
     group_size: int = 16
@@ -66,6 +68,8 @@ class PointEncoderConfig:
             raise ValueError(
                 f"num_text_queries is {self.num_text_queries}: 0 leaves them out, less has no meaning"
             )
+        if self.mlp_width < 0:
+            raise ValueError(f"mlp_width is {self.mlp_width}: 0 means four times the width, less has no meaning")
         if not self.patch_widths:
             raise ValueError("patch_widths is empty: give at least one width, such as 128,256")
         for name in ("drop_path", "patch_dropout"):
@@ -120,14 +124,19 @@ def point_encoder_config(size: Size, **changes) -> PointEncoderConfig:
     return dataclasses.replace(_SIZES[size], **changes)
 
 
-def released_config(name: ReleasedName) -> PointEncoderConfig:
-    """Settings of a released ReConV2 checkpoint (ShapeLLM, arXiv:2402.17766), to be loaded with ``load_reconv2``.
+# Only ever released as a recipe: its MLPs are 48/11 of the width, as in the ViT-g it grew from.
+_GIANT = PointEncoderConfig(width=1408, depth=40, num_heads=16, mlp_width=6144, **_RECONV2_PATCHES)
 
-    ``small``, ``base``, ``large`` take 10,000 coloured points; the ``_1k`` ones take 1,024 points without colour.
+
+def released_config(name: ReleasedName) -> PointEncoderConfig:
+    """Settings of a released ReConV2 checkpoint (ShapeLLM, arXiv:2402.17766), to be loaded with :func:`cad_models.alignment.released.load_reconv2`.
+
+    ``small``, ``base``, ``large`` and ``giant`` take 10,000 coloured points; the ``_1k`` ones take 1,024 points without
+    colour.
     """
     size, _, points = name.partition("_")
-    if size not in ("small", "base", "large") or points not in ("", "1k"):
-        raise ValueError(f"unknown released point encoder {name!r}: choose small, base or large, alone or with _1k")
+    if size not in ("small", "base", "large", "giant") or points not in ("", "1k") or name == "giant_1k":
+        raise ValueError(f"unknown released point encoder {name!r}: choose small, base, large (alone or with _1k) or giant")
     common = {
         "mode": "reconv2",
         "centers": "fps",
@@ -135,6 +144,8 @@ def released_config(name: ReleasedName) -> PointEncoderConfig:
         # The small ones grew from a DINOv2 ViT, which has LayerScale.
         "layer_scale": 1e-5 if size == "small" else 0.0,
     }
+    if size == "giant":
+        return dataclasses.replace(_GIANT, **common, channels="xyz+color", stop_gradient=True)
     if points == "1k":
         patch_widths = (128, 256) if size == "small" else (256, 512, 1024)
         return point_encoder_config(

@@ -98,6 +98,13 @@ class PointEncoder(nn.Module):
                 self.start_token.requires_grad_(False)
                 self.start_position.requires_grad_(False)
 
+    def train(self, mode: bool = True) -> "PointEncoder":
+        """As for any module, but frozen patches stay in evaluation: their BatchNorm must neither drift nor see the batch."""
+        super().train(mode)
+        if self.config.stop_gradient:
+            self.patch_embed.eval()
+        return self
+
     def forward(self, points: Float[Tensor, "batch num_points channels"]) -> Float[Tensor, "batch embed_dim"]:
         """Embeddings of unit length in float32; see :meth:`encode` for the input and its errors."""
         return self.encode(points).embedding
@@ -302,10 +309,10 @@ class _DropPath(nn.Module):
 
 
 class _Mlp(nn.Module):
-    def __init__(self, width: int):
+    def __init__(self, width: int, hidden: int):
         super().__init__()
-        self.fc1 = nn.Linear(width, _MLP_RATIO * width)
-        self.fc2 = nn.Linear(_MLP_RATIO * width, width)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
@@ -323,7 +330,7 @@ class _Block(nn.Module):
         self.attn = attention(config.width, config.num_heads)
         self.ls1 = _LayerScale(config.width, scale) if scale else nn.Identity()
         self.norm2 = nn.LayerNorm(config.width)
-        self.mlp = _Mlp(config.width)
+        self.mlp = _Mlp(config.width, config.mlp_width or _MLP_RATIO * config.width)
         self.ls2 = _LayerScale(config.width, scale) if scale else nn.Identity()
         self.drop_path = _DropPath(drop_path)
 
@@ -339,61 +346,3 @@ def _drop_patches(groups: Tensor, centers: Tensor, share: float) -> tuple[Tensor
     kept = torch.rand(batch, num_groups, device=centers.device).topk(num_kept, dim=1).indices.sort(dim=1).values
     rows = torch.arange(batch, device=centers.device).unsqueeze(1)
     return groups[rows, kept], centers[rows, kept]
-
-
-# Released names (without the "module." of data-parallel training) and ours; what follows the prefix is equal on both
-# sides.
-_RELEASED_PREFIXES: dict[str, str] = {
-    "model.global_query": "queries",
-    "model.embed.first_conv.": "patch_embed.first.",
-    "model.embed.second_conv.": "patch_embed.second.",
-    "model.encoder.sos_pos": "start_position",
-    "model.encoder.sos": "start_token",
-    "model.encoder.blocks.local_blocks.": "local_blocks.",
-    "model.encoder.blocks.global_blocks.": "cross_blocks.",
-    "model.encoder.ln_f1.": "local_norm.",
-    "model.encoder.ln_f2.": "query_norm.",
-    "model.pos_embed.": "position.",
-    "img_proj.": "image_proj.",
-    "text_proj.": "text_proj.",
-}
-# Reconstruction (masked autoencoding) only, and a norm that the released code never applies.
-_RELEASED_IGNORED: tuple[str, ...] = ("model.decoder.", "model.decoder_pos_embed.", "model.norm.")
-
-
-def reconv2_name(released: str) -> str | None:
-    """Our name of a tensor of a released checkpoint, or ``None`` when the encoder has no use for it.
-
-    Raises ``ValueError`` for a name that no released checkpoint has.
-    """
-    name = released.removeprefix("module.")
-    if name.startswith(_RELEASED_IGNORED):
-        return None
-    for prefix, ours in _RELEASED_PREFIXES.items():
-        if name.startswith(prefix):
-            return ours + name[len(prefix) :]
-    raise ValueError(f"{released!r} is no tensor of a ReConV2 checkpoint: is this file one?")
-
-
-def load_reconv2(encoder: PointEncoder, state: dict[str, Tensor]) -> None:
-    """Loads the tensors of a released checkpoint (its ``base_model`` entry) into an encoder of ``mode="reconv2"``.
-
-    Raises ``ValueError`` that names what is missing, unexpected or of another shape.
-    """
-    ours = encoder.state_dict()
-    renamed: dict[str, Tensor] = {}
-    for released, tensor in state.items():
-        name = reconv2_name(released)
-        if name is not None:
-            # A convolution of kernel size 1 over points is a linear layer.
-            renamed[name] = tensor.squeeze(-1) if name.startswith("patch_embed.") and tensor.dim() == 3 else tensor
-    problems = [f"missing {name}" for name in ours.keys() - renamed.keys()]
-    problems += [f"unexpected {name}" for name in renamed.keys() - ours.keys()]
-    problems += [
-        f"{name} is {tuple(renamed[name].shape)} instead of {tuple(tensor.shape)}"
-        for name, tensor in ours.items()
-        if name in renamed and renamed[name].shape != tensor.shape
-    ]
-    if problems:
-        raise ValueError("the checkpoint does not fit this point encoder: " + "; ".join(sorted(problems)[:8]))
-    encoder.load_state_dict(renamed)

@@ -52,10 +52,14 @@ class AlignmentData:
 class AlignmentModel:
     """Point encoder (ReConV2 style) and image head (mixture of experts)."""
 
-    size: Literal["tiny", "small", "base", "large"] = "tiny"
-    """Point encoder; tiny is for CPUs, the others are ReConV2's."""
-    channels: Literal["xyz", "xyz+normals"] = "xyz+normals"
-    """What the encoder sees of each point."""
+    size: Literal[
+        "tiny", "small", "base", "large",
+        "recon_small", "recon_small_1k", "recon_base", "recon_base_1k", "recon_large", "recon_large_1k", "recon_giant",
+    ] = "tiny"  # fmt: skip
+    """Point encoder; tiny is for CPUs, small, base and large are ReConV2's sizes. recon_* are its released checkpoints to the last detail, defects
+    included: to start from one with --init-from."""
+    channels: Literal["xyz", "xyz+normals", "xyz+color"] = "xyz+normals"
+    """What the encoder sees of each point. xyz+color gives every point the gray by which ReConV2 stands for a missing colour."""
     num_points: int = 1_024
     """Points that the encoder reads (a prefix of the stored farthest-point order)."""
     embed_dim: int = 512
@@ -68,6 +72,12 @@ class AlignmentModel:
     """Largest probability of skipping a residual branch in training; at 0 (and patch_dropout 0) the numbers do not depend on the workers."""
     patch_dropout: float = 0.0
     """Share of the point patches left out in training; evaluation sees all."""
+
+    def __post_init__(self) -> None:
+        if self.size.startswith("recon_"):
+            channels = "xyz" if self.size.endswith("_1k") else "xyz+color"
+            check(self.channels == channels, "model.channels", self.channels, f"{channels} for --model.size {self.size}")
+            check(self.embed_dim == 1_280, "model.embed_dim", self.embed_dim, f"1280 for --model.size {self.size}")
 
 
 @dataclass(frozen=True, kw_only=True)

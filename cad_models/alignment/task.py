@@ -103,6 +103,7 @@ class AlignmentTask(Task):
     }
     search_space = staticmethod(search_space)
     combine_rules = ("concatenate", "mean")
+    signature_notes = ("dataset_digest", "class_names")
     runs = RUNS
     embed_columns = (
         EmbedColumn(source=("views", "images"), name="embeddings", count="num_views"),
@@ -123,6 +124,15 @@ class AlignmentTask(Task):
         from cad_models.common.meshes import group_duplicates
 
         return group_duplicates([i.signature for i in inspections], [i.size for i in inspections]).tolist()
+
+    def near_duplicates(self, inspections: Sequence[Inspection]) -> list[tuple[int, int, float]]:
+        from cad_models.common.near_duplicates import near_duplicates
+
+        known = [i for i, inspection in enumerate(inspections) if inspection.shape is not None]
+        if len(known) < 2:
+            return []
+        found = near_duplicates(np.stack([inspections[i].shape for i in known]))
+        return [(known[i], known[j], distance) for i, j, distance in found]
 
     def prepare(self, item: RawItem, recipe: AlignmentRecipe) -> Row | Reject:
         from cad_models.alignment.data import prepare_item
@@ -145,7 +155,7 @@ class AlignmentTask(Task):
 
     def columns(self, recipe: AlignmentRecipe) -> dict[str, list[str]]:
         points = ["points", "normals"] if "normals" in recipe.model.channels else ["points"]
-        return {"objects": points, "embeddings": ["embeddings", "query_embeddings"]}
+        return {"objects": [*points, "label"], "embeddings": ["embeddings", "query_embeddings"]}
 
     def examples(self, tables: dict[str, pa.Table], recipe: AlignmentRecipe) -> Columns:
         from cad_models.alignment.data import examples
@@ -173,12 +183,18 @@ class AlignmentTask(Task):
             "encoder_digest": embeddings.encoder_digest,
             "image_width": embeddings.width,
             "dataset_digest": dataset["manifest"].digest,
+            "class_names": sorted(dataset["manifest"].labels or ()),
         }
 
     def evaluate(self, predictions: Predictions, reference: Predictions | None = None) -> dict[str, float]:
         from cad_models.alignment.metrics import retrieval_metrics
 
         return retrieval_metrics(predictions)
+
+    def details(self, predictions: Predictions, *, class_names: Sequence[str] = ()) -> dict[str, float]:
+        from cad_models.alignment.metrics import retrieval_details
+
+        return retrieval_details(predictions, class_names)
 
     def references(
         self, columns: Columns, recipe: AlignmentRecipe, reference: Columns | None = None
@@ -207,7 +223,7 @@ class AlignmentTask(Task):
         first = members[0]
         rule = rule or self.combine_rules[0]
         combined = {name: combine_embeddings([m[name] for m in members], rule=rule, weights=weights) for name in ("cad", "query")}
-        return {**combined, "num_queries": first["num_queries"], "group": first["group"]}
+        return {**combined, **{name: first[name] for name in ("num_queries", "group", "label") if name in first}}
 
     def list_requests(
         self, queries: str | Sequence[str], gallery: str | None, *, direction: str = "auto", options: InferOptions | None = None

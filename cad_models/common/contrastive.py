@@ -14,9 +14,14 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Rows and columns of a tile of logits: in a CPU's cache, and large enough to fill a GPU.
-_TILE_CPU = (512, 3072)
+# Rows and columns of a tile of logits: 25 MB on a CPU, whose matrix products like them large; and enough to fill a GPU.
+_TILE_CPU = (512, 12288)
 _TILE_ACCELERATOR = (4096, 16384)
+# Logits up to this size are exponentiated as they are: e^±40 and the sum of 10^8 of them are far from float32's ends, and
+# a float32 product is as exact there as anywhere.
+_PLAIN_EXP = 40.0
+# Elements of tiles that are kept for the backward, 1 GB of float32; beyond them tiles are computed again.
+_KEPT_ELEMENTS = 1 << 28
 
 
 def world_size() -> int:
@@ -102,20 +107,25 @@ def two_way_logsumexp(
     """Log-sum-exp of ``scale * rows @ columns.T`` along its rows and along its columns, from one pass over its tiles.
 
     Pairs of one group but of different owners (duplicates of an object) are left out of both sums, as if their logit
-    were -inf; a row or column with nothing left is -inf. The matrix is never held whole: the backward computes its
-    tiles again (Inf-CL, arXiv:2410.17243), so memory grows with rows + columns. Differentiable once, in ``rows``,
-    ``columns`` and ``scale``; logits are float32 (float64 for float64 input), also under autocast. ``tile`` is (rows,
-    columns) of a tile.
+    were -inf; a row or column with nothing left is -inf. The matrix is never held whole: at most
+    1 GB of its tiles is kept for the backward, which computes the others again (Inf-CL, arXiv:2410.17243), so memory
+    grows with rows + columns. Differentiable once, in ``rows``, ``columns`` and ``scale``; logits are float32 (float64
+    for float64 input), also under autocast. ``tile`` is (rows, columns) of a tile.
     """
     if tile is None:
         tile = _TILE_CPU if rows.device.type == "cpu" else _TILE_ACCELERATOR
     dtype = torch.promote_types(torch.promote_types(rows.dtype, columns.dtype), torch.float32)
-    return _TwoWayLogSumExp.apply(
-        rows.to(dtype), columns.to(dtype), scale.to(dtype), row_owner, column_owner, row_group, column_group, tile
-    )
+    rows, columns, scale = rows.to(dtype), columns.to(dtype), scale.to(dtype)
+    # By Cauchy-Schwarz; of unit vectors the scale itself.
+    with torch.no_grad():
+        largest = scale.abs() * _longest(rows) * _longest(columns)
+    function = _TwoWayLogSumExpOfSmallLogits if largest <= _PLAIN_EXP else _TwoWayLogSumExp
+    return function.apply(rows, columns, scale, row_owner, column_owner, row_group, column_group, tile)
 
 
 class _TwoWayLogSumExp(torch.autograd.Function):
+    """For logits that may be large: every exponential is taken relative to a maximum, tiles are computed twice."""
+
     @staticmethod
     def forward(ctx, rows, columns, scale, row_owner, column_owner, row_group, column_group, tile):
         with torch.autocast(rows.device.type, enabled=False):
@@ -149,6 +159,52 @@ class _TwoWayLogSumExp(torch.autograd.Function):
         return rows_grad.mul_(scale), columns_grad.mul_(scale), scale_grad, None, None, None, None, None
 
 
+class _TwoWayLogSumExpOfSmallLogits(torch.autograd.Function):
+    """For logits within ``_PLAIN_EXP``: one exponential an element serves both directions and, where it is kept, the backward."""
+
+    @staticmethod
+    def forward(ctx, rows, columns, scale, row_owner, column_owner, row_group, column_group, tile):
+        with torch.autocast(rows.device.type, enabled=False):
+            row_sum, column_sum = rows.new_zeros(len(rows)), rows.new_zeros(len(columns))
+            duplicates = _Duplicates(row_owner, column_owner, row_group, column_group)
+            kept, room = [], _KEPT_ELEMENTS
+            for r, c in _tiles(len(rows), len(columns), tile):
+                powers = duplicates.mask_(_logits(rows[r], columns[c], scale), r, c).exp_()
+                # Products with ones: on a CPU many times faster than torch.sum, whose threads wait for one another.
+                row_sum[r].addmv_(powers, powers.new_ones(powers.shape[1]))
+                column_sum[c].addmv_(powers.T, powers.new_ones(len(powers)))
+                if powers.numel() <= room:
+                    kept.append(powers)
+                    room -= powers.numel()
+                else:
+                    room = 0  # what is kept are the first tiles, so that their number tells which
+        ctx.save_for_backward(rows, columns, scale, row_sum, column_sum, *kept)
+        ctx.duplicates, ctx.tile = duplicates, tile
+        return row_sum.log(), column_sum.log()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, row_grad, column_grad):
+        rows, columns, scale, row_sum, column_sum, *kept = ctx.saved_tensors
+        # Where nothing is left every power is 0, and what it is multiplied by must only be finite.
+        row_share = scale * row_grad / row_sum.masked_fill(row_sum == 0, 1.0)
+        column_share = scale * column_grad / column_sum.masked_fill(column_sum == 0, 1.0)
+        if not (len(rows) and len(columns)):
+            return torch.zeros_like(rows), torch.zeros_like(columns), torch.zeros_like(scale), *[None] * 5
+        rows_grad, columns_grad = torch.empty_like(rows), torch.empty_like(columns)
+        with torch.autocast(rows.device.type, enabled=False):
+            for i, (r, c) in enumerate(_tiles(len(rows), len(columns), ctx.tile)):
+                powers = (
+                    kept[i] if i < len(kept) else ctx.duplicates.mask_(_logits(rows[r], columns[c], scale), r, c).exp_()
+                )
+                weight = (row_share[r].unsqueeze(1) + column_share[c]).mul_(powers)
+                # The first tile of a row or column overwrites what was there, which saves filling it with zeros.
+                rows_grad[r].addmm_(weight, columns[c], beta=float(c.start > 0))
+                columns_grad[c].addmm_(weight.T, rows[r], beta=float(r.start > 0))
+            scale_grad = (rows_grad * rows).sum() / scale
+        return rows_grad, columns_grad, scale_grad, None, None, None, None, None
+
+
 class _Duplicates:
     """Masks pairs of one group and different owners; costs nothing where there are none, the usual case."""
 
@@ -169,6 +225,11 @@ class _Duplicates:
             return logits
         same_group = self.row_group[r].unsqueeze(1) == self.column_group[c]
         return logits.masked_fill_(same_group & (self.row_owner[r].unsqueeze(1) != self.column_owner[c]), -torch.inf)
+
+
+def _longest(vectors: Tensor) -> Tensor:
+    # vector_norm of whole rows makes no copy of them.
+    return torch.linalg.vector_norm(vectors, dim=1).max() if len(vectors) else vectors.new_zeros(())
 
 
 def _logits(rows: Tensor, columns: Tensor, scale: Tensor) -> Tensor:

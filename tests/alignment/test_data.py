@@ -229,6 +229,7 @@ def columns_of(counts, *, width=5, num_points=40, channels=6) -> dict[str, np.nd
         "query_views": views[:, :2],
         "num_query_views": np.minimum(counts, 2),
         "group": np.arange(len(counts)),
+        "label": np.zeros(len(counts), dtype=np.int64),
     }
 
 
@@ -250,7 +251,7 @@ def test_evaluation_batch_is_the_stored_points_and_the_query_views():
     np.testing.assert_array_equal(batch["points"].numpy(), columns["points"])
     np.testing.assert_array_equal(batch["query_views"].numpy(), columns["query_views"].astype(np.float32))
     assert batch["query_mask"].tolist() == [[True, True], [True, False]]
-    assert set(batch) == {"points", "group", "query_views", "query_mask"}
+    assert set(batch) == {"points", "group", "label", "query_views", "query_mask"}
 
 
 def test_batch_does_not_share_memory_with_the_cache():

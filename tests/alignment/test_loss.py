@@ -1,6 +1,8 @@
 """The contrastive loss against a double loop over objects and views: values, gradients, masks, duplicates, tiles."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 from cad_models.alignment.loss import MultiPositiveContrastiveLoss
 from cad_models.common import contrastive
 from cad_models.common.contrastive import two_way_logsumexp
+from tests.shared import REPOSITORY
 
 
 def naive_loss(cad, image, view_mask, group, scale, positives):
@@ -87,12 +90,16 @@ def test_loss_two_objects_two_views_has_hand_value():
     assert actual.item() == pytest.approx((cad_to_image + image_to_cad) / 2, abs=1e-6)
 
 
+@pytest.mark.parametrize("kept", [0, 30, 1 << 20])
+@pytest.mark.parametrize("scale", [-3.0, 20.0, 80.0])
 @pytest.mark.parametrize("tile", [(1, 1), (2, 5), (7, 3), (100, 100)])
-def test_two_way_logsumexp_in_tiles_equals_whole_matrix(tile):
+def test_two_way_logsumexp_in_tiles_equals_whole_matrix(monkeypatch, tile, scale, kept):
+    # Scales on both sides of what is exponentiated as it is; tiles kept, some of them, and none.
+    monkeypatch.setattr(contrastive, "_KEPT_ELEMENTS", kept)
     cad, image, _, group = random_batch(objects=7, views=3)
     group[2] = group[5]
     columns = image.flatten(0, 1)
-    scale = torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
+    scale = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
     row_owner, column_owner = torch.arange(7), torch.arange(7).repeat_interleave(3)
     masked = (group.unsqueeze(1) == group[column_owner]) & (row_owner.unsqueeze(1) != column_owner)
     logits = (scale * cad @ columns.T).masked_fill(masked, -torch.inf)
@@ -131,9 +138,10 @@ def test_loss_of_duplicates_alone_with_a_viewless_one_is_zero_and_finite():
     assert all(gradient.abs().max() < 1e-6 for gradient in gradients)
 
 
-def test_loss_in_float32_tiles_equals_float64_in_one(monkeypatch):
+@pytest.mark.parametrize("temperature", [0.01, 0.025, 0.07])
+def test_loss_in_float32_tiles_equals_float64_in_one(monkeypatch, temperature):
     cad, image, view_mask, group = random_batch(objects=40, views=5, dim=32)
-    loss = MultiPositiveContrastiveLoss(0.01)
+    loss = MultiPositiveContrastiveLoss(temperature)
     exact, exact_gradients = value_and_gradients(loss(cad, image, view_mask, group), cad, image)
     monkeypatch.setattr(contrastive, "_TILE_CPU", (16, 48))
     cad32, image32 = cad.detach().float().requires_grad_(), image.detach().float().requires_grad_()
@@ -144,12 +152,14 @@ def test_loss_in_float32_tiles_equals_float64_in_one(monkeypatch):
         torch.testing.assert_close(gradient.double(), expected, atol=2e-6, rtol=1e-4)
 
 
-def test_loss_memory_of_backward_does_not_grow_with_the_matrix():
-    # What autograd keeps: nothing of the size objects x images.
+@pytest.mark.parametrize("temperature", [0.07, 0.01])
+def test_loss_memory_of_backward_does_not_grow_with_the_matrix(monkeypatch, temperature):
+    # What autograd keeps beyond a bounded number of tiles: nothing of the size objects x images.
+    monkeypatch.setattr(contrastive, "_KEPT_ELEMENTS", 0)
     cad, image, view_mask, group = random_batch(objects=64, views=16, dim=4, dtype=torch.float32)
     sizes = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
-        MultiPositiveContrastiveLoss()(cad, image, view_mask, group).backward()
+        MultiPositiveContrastiveLoss(temperature)(cad, image, view_mask, group).backward()
     assert max(sizes) <= 64 * 16 * 4 < 64 * 64 * 16
 
 
@@ -223,3 +233,26 @@ def test_fixed_temperature_has_no_parameter():
 def test_loss_impossible_settings_raise(arguments):
     with pytest.raises(Exception, match="temperature|positives"):
         MultiPositiveContrastiveLoss(**arguments)
+
+
+_LARGE = """
+import resource, torch
+from cad_models.alignment.loss import MultiPositiveContrastiveLoss
+generator = torch.Generator().manual_seed(0)
+cad, image = (torch.empty(*shape).normal_(generator=generator) for shape in ((4096, 1280), (4096, 24, 1280)))
+for tensor in (cad, image):
+    tensor.div_(tensor.norm(dim=-1, keepdim=True)).requires_grad_()
+loss = MultiPositiveContrastiveLoss()(cad, image, torch.ones(4096, 24, dtype=torch.bool), torch.arange(4096))
+loss.backward()
+assert cad.grad.abs().max() > 0 and image.grad.abs().max() > 0
+print(loss.item(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_loss_of_a_large_batch_fits_in_4_gb():
+    done = subprocess.run([sys.executable, "-c", _LARGE], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    loss, peak_kb = done.stdout.split()
+    # Random vectors: every answer is about as good as another.
+    assert math.isfinite(float(loss)) and float(loss) == pytest.approx((math.log(4096 * 24) + math.log(4096)) / 2, abs=0.2)
+    assert int(peak_kb) * 1024 < 4e9

@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from cad_models.alignment.metrics import KS, averaged_views, chance_metrics, one_per_object, retrieval_metrics, view_matching_metrics
+from cad_models.alignment.data import category_number
+from cad_models.alignment.metrics import (
+    KS,
+    averaged_views,
+    chance_metrics,
+    one_per_object,
+    retrieval_details,
+    retrieval_metrics,
+    view_matching_metrics,
+)
 
 
 def unit(*angles_deg: float) -> np.ndarray:
@@ -196,3 +205,52 @@ def test_view_matching_leaves_out_objects_without_a_query_image():
     with np.errstate(all="raise"):
         metrics = view_matching_metrics(views, np.ones(3, int), queries, np.array([1, 0, 1]), np.arange(3))
     assert metrics["image_to_mesh/recall@1"] == 1
+
+
+# --- intervals and categories -------------------------------------------------------------------------------------------------------------
+def test_details_bound_every_recall_and_hold_its_value():
+    found = random_predictions(4, n=40)
+    metrics, details = retrieval_metrics(found), retrieval_details(found)
+    recalls = {name for name in metrics if "recall@" in name}
+    assert details.keys() == {f"{name}_{side}" for name in recalls for side in ("low", "high")}
+    for name in recalls:
+        assert details[f"{name}_low"] - 1e-12 <= metrics[name] <= details[f"{name}_high"] + 1e-12
+    assert any(details[f"{name}_low"] < metrics[name] < details[f"{name}_high"] for name in recalls)
+    assert retrieval_details(found) == details
+
+
+def test_details_of_certain_answers_have_no_width():
+    p = predictions(unit(0, 90, 180), unit(0, 90, 180)[:, None])
+    assert set(retrieval_details(p).values()) == {1.0}
+
+
+def test_categories_equal_recall_of_their_own_queries_among_all_meshes():
+    found = random_predictions(6, n=30)
+    names = ["bolt", "nut", "a/b c"]
+    labels = [names[i % 3] if i < 28 else "" for i in range(30)]
+    details = retrieval_details(found | {"label": np.array([category_number(label) for label in labels])}, [*names, "absent"])
+    assert not any("absent" in name for name in details)
+    similarity = np.einsum("ivd,jd->ivj", found["query"].astype(np.float64), found["cad"].astype(np.float64))
+    relevant = found["group"][:, None] == found["group"][None, :]
+    for category in names:
+        members = [i for i in range(30) if labels[i] == category]
+        assert details[f"category/{category}/num_objects"] == len(members)
+        ranks_found = [naive_rank(similarity[i, v], relevant[i]) for i in members for v in range(found["num_queries"][i])]
+        metric = f"image_to_mesh/category/{category}/recall@3"
+        assert details[metric] == pytest.approx(naive_recall(ranks_found, 3))
+        assert details[f"{metric}_low"] <= details[metric] <= details[f"{metric}_high"]
+        backward = []
+        for gallery in range(int(found["num_queries"].max())):
+            image = similarity[np.arange(30), gallery % found["num_queries"]]
+            backward += [naive_rank(image[:, i], relevant[i]) for i in members]
+        assert details[f"mesh_to_image/category/{category}/recall@3"] == pytest.approx(naive_recall(backward, 3))
+
+
+def test_small_categories_have_no_bounds_and_many_are_cut_to_the_largest():
+    found = random_predictions(7, n=120, duplicates=False)
+    names = [f"c{i:02d}" for i in range(60)]
+    labels = [names[i // 2] for i in range(120)]
+    details = retrieval_details(found | {"label": np.array([category_number(label) for label in labels])}, names)
+    counted = [name for name in details if name.endswith("num_objects")]
+    assert len(counted) == 50 and "category/c59/num_objects" not in details
+    assert not any("category" in name and name.endswith(("_low", "_high")) for name in details)

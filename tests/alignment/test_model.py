@@ -1,7 +1,6 @@
 """Point encoder and head: parity with the reference, determinism, gradients, naive counterparts."""
 
 import dataclasses
-import json
 
 import pytest
 import torch
@@ -14,19 +13,16 @@ from cad_models.alignment.model import (
     MixtureOfExperts,
     PointEncoder,
     PointEncoderConfig,
-    load_reconv2,
     parameter_groups,
     point_encoder_config,
-    released_config,
 )
-from cad_models.alignment.point_encoder import reconv2_name
 from cad_models.common.grouping import (
     farthest_points,
     farthest_points_pointnet2,
     nearest_chain,
     nearest_neighbors,
 )
-from tests.alignment.golden.make_golden import GOLDEN, golden_encoder, golden_points
+from tests.alignment.golden.make_golden import GOLDEN, STAGES, VARIANTS, golden_encoder, golden_points
 from tests.shared import shared_path
 
 MINI = PointEncoderConfig(
@@ -106,82 +102,17 @@ def test_nearest_chain_equals_naive_walk():
         assert found.tolist() == order
 
 
-# Parity
+# Stored values
 
 
-@pytest.mark.parametrize("name", ["recon_causal_xyz", "recon_rand_color", "recon_rand_dino_ls"])
-def test_reconv2_mode_stages_equal_reference_values(name):
-    reference = torch.load(shared_path(f"golden/{name}.pt"), weights_only=True)
-    theirs = reference["config"]
-    encoder = PointEncoder(
-        PointEncoderConfig(
-            width=theirs["embed_dim"],
-            depth=theirs["depth"],
-            num_heads=theirs["num_heads"],
-            num_groups=theirs["num_group"],
-            group_size=theirs["group_size"],
-            patch_widths=(128, 256),
-            num_image_queries=theirs["img_queries"],
-            num_text_queries=theirs["text_queries"],
-            embed_dim=1280,
-            channels="xyz+color" if theirs["with_color"] else "xyz",
-            centers="fps",
-            mode="reconv2",
-            causal=theirs["mask_type"] == "causal",
-            layer_scale=1e-5 if "dino" in theirs["pretrained_model_name"] else 0.0,
-            stop_gradient=theirs["stop_grad"],
-        )
-    ).eval()
-    load_reconv2(encoder, {f"module.{key}": tensor for key, tensor in reference["state"].items()})
+@pytest.mark.parametrize("name", VARIANTS)
+def test_stages_equal_stored_values(name):
+    stored = {key.partition("/")[2]: value for key, value in load_file(GOLDEN).items() if key.startswith(f"{name}/")}
     with torch.no_grad():
-        features = encoder.encode(reference["pts"])
-    stages = {
-        "centers": features.centers,
-        "tokens": features.tokens,
-        "local": features.local,
-        "glob": features.queries,
-        "img": features.image_tokens,
-        "txt": features.text_tokens,
-        "groups": features.groups,
-    }
-    # The order of the points within a patch is free: both sides are sorted by coordinates.
-    reference["groups"], stages["groups"] = reference["groups"].sort(dim=2).values, stages["groups"].sort(dim=2).values
-    for stage, actual in stages.items():
-        torch.testing.assert_close(
-            actual, reference[stage], atol=1e-5, rtol=1e-5, msg=lambda text, s=stage: f"{s}: {text}"
-        )
-
-
-@pytest.mark.parametrize("name", ["small", "small_1k", "base", "base_1k", "large", "large_1k"])
-def test_released_checkpoint_names_and_shapes_all_have_a_place(name):
-    size, _, points = name.partition("_")
-    file = shared_path(f"golden/keys/recon_{size}_openshape{'_1k' if points else ''}.json")
-    released = json.loads(file.read_text())["tensors"]
-    with torch.device("meta"):
-        encoder = PointEncoder(released_config(name))
-        load = {f"module.{key}": torch.empty(shape) for key, shape in released.items()}
-    ours = {key: tuple(tensor.shape) for key, tensor in encoder.state_dict().items()}
-    theirs = {}
-    for key, tensor in load.items():
-        if our_name := reconv2_name(key):
-            theirs[our_name] = tuple(tensor.squeeze(-1).shape if our_name.startswith("patch_embed") else tensor.shape)
-    assert ours == theirs
-
-
-def test_load_reconv2_names_what_does_not_fit():
-    encoder = encoder_of(RECONV2)
-    with pytest.raises(ValueError, match="missing cross_blocks.0.attn.kv.bias"):
-        load_reconv2(encoder, {})
-    with pytest.raises(ValueError, match="'visual.head.weight' is no tensor of a ReConV2 checkpoint"):
-        load_reconv2(encoder, {"visual.head.weight": torch.zeros(1)})
-
-
-def test_fixed_mode_stages_equal_stored_values():
-    stored = load_file(GOLDEN)
-    with torch.no_grad():
-        features = golden_encoder().encode(golden_points())
-    for stage in ("centers", "tokens", "queries", "embedding"):
-        torch.testing.assert_close(getattr(features, stage), stored[stage], atol=1e-5, rtol=1e-5)
+        features = golden_encoder(name).encode(golden_points(name))
+    assert set(stored) == set(STAGES)
+    for stage in STAGES:
+        torch.testing.assert_close(getattr(features, stage), stored[stage], atol=1e-5, rtol=1e-5, msg=lambda text, s=stage: f"{s}: {text}")
 
 
 # Properties of the encoder
@@ -208,6 +139,18 @@ def test_evaluation_does_not_depend_on_the_rest_of_the_batch(config):
 def test_training_mode_of_fixed_encoder_does_not_depend_on_the_rest_of_the_batch():
     encoder, points = encoder_of(MINI).train(), clouds(4)
     torch.testing.assert_close(encoder(points[:2]), encoder(points)[:2], atol=1e-6, rtol=0)
+
+
+def test_frozen_patches_keep_their_statistics_in_training():
+    torch.manual_seed(0)
+    frozen = PointEncoder(dataclasses.replace(RECONV2, stop_gradient=True)).train()
+    before = {name: buffer.clone() for name, buffer in frozen.named_buffers()}
+    points = clouds(4)
+    torch.testing.assert_close(frozen(points[:2]), frozen(points)[:2], atol=1e-6, rtol=0)
+    assert before and all(torch.equal(before[name], buffer) for name, buffer in frozen.named_buffers())
+    learning = encoder_of(RECONV2).train()
+    learning(points)
+    assert learning.patch_embed.first[1].running_mean.abs().max() > 0
 
 
 def test_fixed_encoder_does_not_depend_on_the_order_of_points_behind_the_centres():

@@ -108,6 +108,9 @@ def test_run_leaves_the_files_that_it_documents(undisturbed):
         }  # fmt: skip
     result = json.loads((undisturbed / "result.json").read_text())
     assert result["score"] == max(line["metrics"]["val/recall@3"] for line in lines) and result["num_steps"] == 9
+    test = result["metrics"]
+    assert test["test/recall@3_low"] <= test["test/recall@3"] <= test["test/recall@3_high"]
+    assert not any(name.endswith("_low") for line in lines for name in line["metrics"])  # once, at the end
     for name, metric in TASK.best_metrics.items():
         best = json.loads((undisturbed / "best" / name / "metrics.json").read_text())
         assert best[metric] == max(line["metrics"][metric] for line in lines) == lines[-1]["metrics"][f"best/{metric}"]
