@@ -119,7 +119,7 @@ def test_adapt_sees_as_many_training_objects_as_the_learner_asks_for(dataset, tm
     seen = []
     training.learner.adapt_objects = objects
     training.learner.adapt = lambda batches: seen.append([batch["group"] for batch in batches])
-    training._adapt()
+    training._begin()
     if sizes is None:
         assert seen == []
         return

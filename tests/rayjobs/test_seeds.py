@@ -168,7 +168,8 @@ def test_train_seeds_without_ray_registers_members_and_ensemble_once(dataset, tm
 @pytest.mark.slow
 @pytest.mark.ray
 def test_train_seeds_stopped_by_sigterm_and_run_again_equal_undisturbed_ones(dataset, tmp_path):  # noqa: F811
-    flags = ["--seeds", "1", "3", "--max-concurrent", "1", "--schedule.num-epochs", "4"]
+    # The number of threads decides the order of sums; a worker would have one for each core.
+    flags = ["--seeds", "1", "3", "--max-concurrent", "1", "--schedule.num-epochs", "4", "--scale.threads-per-worker", "1"]
     undisturbed = run(dataset, tmp_path, "--scale.num-workers", "0", *flags, "--output", str(tmp_path / "whole"))
     assert undisturbed.returncode == 0, undisturbed.stderr
     folder = tmp_path / "runs/n"
