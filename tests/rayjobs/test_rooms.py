@@ -65,7 +65,7 @@ def write_queries(room: str, folder: str) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("room", sorted(TASKS))
+@pytest.mark.parametrize("room", [pytest.param(room, marks=[pytest.mark.slow] if TASKS[room].embed_columns else []) for room in sorted(TASKS)])
 def test_room_goes_from_raw_files_to_answers_of_its_champion(room, tmp_path):
     folder, common = str(tmp_path / "ds"), ["--task", room]
     tracked = ["--tracking.folder", str(tmp_path / "mlflow")]
