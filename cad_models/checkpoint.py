@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save
 
 from cad_models.config import Recipe, from_dict, to_dict
 from cad_models.folder import Folder
-from cad_models.task import Learner, Task
+from cad_models.learner import Learner
+from cad_models.task import Task
 from cad_models.tasks import TASKS
 
 _DESCRIPTIONS = ("recipe.json", "signature.json")

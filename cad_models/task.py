@@ -1,4 +1,4 @@
-"""The two contracts: `Task`, what a job may ask of any room, and `Learner`, what the training loop may ask of any model.
+"""The contract `Task`: what a job may ask of any room. What the training loop may ask of any model is `cad_models.learner.Learner`.
 
 A room (``cad_models/<name>/``) implements both; ``rayjobs/`` knows no room by name. A new task is one room plus one line in ``tasks.py``.
 
@@ -12,7 +12,7 @@ How a job uses a task::
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from cad_models.config import Recipe
+from cad_models.learner import Learner, Predictions
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -30,15 +31,9 @@ if TYPE_CHECKING:
 Columns = dict[str, np.ndarray]
 """Model-ready arrays of some objects: name -> array whose first axis is the object."""
 
-ADAPT_BATCH = 256
-"""Objects in a batch that `Learner.adapt` sees (fewer in the last one)."""
-
 LABEL_INDEX = "label_index"
 """A column of ``objects/`` that no file holds: int64, the position of the object's label in `Manifest.class_names` (sorted), -1 without a label. Whoever
 names it in `Task.columns` gets it in `Task.examples`."""
-
-Predictions = dict[str, np.ndarray]
-"""What a learner says of a whole split (or of a gallery): name -> array whose first axis is the object."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,72 +218,6 @@ class Predictor(ABC):
         """For each input each member's output, float32 [width]. On a CPU an input's outputs depend on that input alone, bit for bit."""
 
 
-class Learner(ABC):
-    """Model plus losses, mixed into a ``torch.nn.Module``; DDP wraps it whole.
-
-    Every parameter that takes part in ``forward`` must receive a gradient in every step (multiply unused experts by 0).
-    """
-
-    turns: tuple[str, ...] = ("model",)
-    """Optimisers in their order within a step; ``("discriminator", "generator")`` for an adversarial task."""
-    adapt_objects: int | None = 0
-    """Training objects that :meth:`adapt` sees: the first so many in dataset order, None = the whole train split, 0 = it is not called."""
-
-    @abstractmethod
-    def optimizers(self, recipe: Recipe) -> "dict[str, torch.optim.Optimizer]":
-        """One optimiser per turn. Each parameter group carries its peak ``lr``; the loop scales all by the schedule."""
-
-    def adapt(self, batches: "Iterator[dict[str, torch.Tensor]]") -> None:  # noqa: B027  (most models need no such start)
-        """Data-dependent initialisation from the train split: called once, before a fresh run, on every worker with the same batches.
-
-        Args:
-            batches: Batches of `ADAPT_BATCH` objects in dataset order, collated as for evaluation; at most ``adapt_objects`` objects in all. An
-                iterator: a whole split need not fit into memory.
-        """
-
-    def remember(self, reference: Predictions) -> None:  # noqa: B027  (most models need nothing of it)
-        """Keep what a checkpoint must know of the task's ``reference_split`` beyond its weights, as class centres. Called before a checkpoint is written
-        at an evaluation, on the worker that writes it, with this learner's predictions of that split. It must not change what is predicted, and what it
-        keeps belongs to `artifacts`, not to ``state_dict`` (which the loop averages)."""
-
-    @abstractmethod
-    def forward(self, batch: "dict[str, torch.Tensor]", turn: str) -> "dict[str, torch.Tensor]":
-        """``{"loss": scalar, ...}``; the other scalars are logged. On several workers: this worker's share, such that the mean of the
-        workers' gradients is the gradient of the whole batch's loss."""
-
-    @abstractmethod
-    def predict(self, batch: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
-        """Deterministic outputs, first axis = object; what `Task.evaluate` reads once a split is complete."""
-
-    @abstractmethod
-    def artifacts(self) -> "dict[str, dict[str, torch.Tensor]]":
-        """The named files of a checkpoint: ``{"moe": state_dict, "pc_encoder": state_dict}``; all weights, each once."""
-
-    @abstractmethod
-    def load_artifacts(self, artifacts: "Mapping[str, dict[str, torch.Tensor]]") -> None:
-        """The inverse of :meth:`artifacts`. Raises ValueError naming file and key when names or shapes differ."""
-
-    def start_from(self, artifacts: "Mapping[str, dict[str, torch.Tensor]]") -> None:
-        """Begin with another checkpoint's weights: some of the named files or all. Raises ValueError naming what does not fit."""
-        own = self.artifacts()
-        if unknown := artifacts.keys() - own.keys():
-            raise ValueError(f"{', '.join(sorted(unknown))}: this task's files are {', '.join(sorted(own))}")
-        self.load_artifacts({**own, **artifacts})
-
-
-class EmbeddingLearner(Learner):
-    """Its loss compares embeddings of objects: the loop may take a batch in pieces (``--optim.micro-batch-size``) and get the whole batch's gradient.
-    ``forward(batch, turn)`` is ``loss_from(embed(batch), batch)``; there is one turn."""
-
-    @abstractmethod
-    def embed(self, batch: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
-        """The costly part: embeddings by name, first axis = object. A row depends on its object alone (but for what BatchNorm does)."""
-
-    @abstractmethod
-    def loss_from(self, embedded: "dict[str, torch.Tensor]", batch: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
-        """What :meth:`forward` returns, from the embeddings and whatever else of the batch is cheap."""
-
-
 class Task(ABC):
     """What a job may ask of any room. Final classes; no state beyond the class attributes."""
 
@@ -377,7 +306,7 @@ class Task(ABC):
         on its neighbours or on the number of workers; None = evaluation, nothing random."""
 
     @abstractmethod
-    def learner(self, recipe: Recipe, signature: dict[str, Any]) -> "Learner":
+    def learner(self, recipe: Recipe, signature: dict[str, Any]) -> Learner:
         """A freshly initialised learner (seeded by the caller) for data of this signature."""
 
     @abstractmethod

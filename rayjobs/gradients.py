@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cad_models.task import EmbeddingLearner
+from cad_models.learner import EmbeddingLearner
 
 # Elements of one all-reduce: large enough for the network, small beside the weights.
 _BUCKET_ELEMENTS = 1 << 24

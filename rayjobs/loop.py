@@ -35,8 +35,9 @@ from cad_models.common.ema import ExponentialMovingAverage
 from cad_models.common.schedule import lr_factor
 from cad_models.config import Recipe, differences, from_dict, to_dict
 from cad_models.dataset import Folder
+from cad_models.learner import ADAPT_BATCH, Learner
 from cad_models.order import object_rng
-from cad_models.task import ADAPT_BATCH, Columns, Learner, Task
+from cad_models.task import Columns, Task
 from cad_models.tasks import TASKS
 from rayjobs.batching import fitting_batch_size, prefetched, regrouped
 from rayjobs.gradients import autocast_for, cached_backward, checked_micro_batch_size, same_everywhere, seed_of_step

@@ -18,8 +18,9 @@ from cad_models.common.encoders import build_encoder
 from cad_models.common.images import decode_image
 from cad_models.config import differences, from_dict, paths, replace_all, to_dict, value_at
 from cad_models.dataset import DatasetFolder, EmbeddingsManifest, Manifest, build_table, tensor_field
+from cad_models.learner import Learner
 from cad_models.order import object_rng
-from cad_models.task import LABEL_INDEX, InferOptions, Learner, Reject, Row, Task
+from cad_models.task import LABEL_INDEX, InferOptions, Reject, Row, Task
 from cad_models.tasks import TASKS
 from rayjobs.cli import parse_job
 from rayjobs.infer import InferJob

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from cad_models.common.meshes import MESH_SUFFIXES, BadMesh, Mesh, geometry_sign
 from cad_models.common.near_duplicates import shape_points
 from cad_models.common.points import fps_order, sample_surface, seed_of
 from cad_models.dataset import DatasetError, Folder, tensor_field, to_numpy
+from cad_models.sources import generated_set, source_files
 from cad_models.task import Columns, Inspection, Listing, RawItem, Reject, Row
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ _SHAPE_SAMPLES = 2_048
 # Points after this many stand in sampling order: a model never uses more centres than this, and ordering all of them costs 10 x more.
 NUM_ORDERED_POINTS = 1_024
 
-_BUILTIN = re.compile(r"builtin:(\d+)(?::seed=(\d+))?")
 
 
 # --- listing ------------------------------------------------------------------------------------------------------------------------------
@@ -39,24 +38,14 @@ def list_source(source: str) -> Listing:
         ValueError: the source is not there, is no folder, or holds no mesh.
     """
     if source.startswith("builtin:"):
-        match = _BUILTIN.fullmatch(source)
-        if not match or int(match[1]) < 1:
-            raise ValueError(f"--source {source}: write builtin:<number of parts>, as builtin:600, or builtin:600:seed=7")
-        seed = int(match[2] or 0)
+        count, seed, _ = generated_set(source, of="parts")
         return Listing(
             items=[
                 RawItem(object_id=f"part-{i:06d}", source=f"builtin:{i}:seed={seed}", uri=f"builtin:{i}:{seed}")
-                for i in range(int(match[1]))
+                for i in range(count)
             ]
         )
-    folder = Folder(source)
-    if not folder.exists():
-        raise ValueError(f"--source {source}: there is no such folder")
-    try:
-        files = folder.files()
-    except (NotADirectoryError, OSError) as error:
-        raise ValueError(f"--source {source} is not a folder that can be listed ({error})") from error
-    files = [name for name in files if not any(part.startswith(".") for part in name.split("/"))]
+    folder, files = source_files(source)
     listing = _list_pairs(folder, files) if _has_pair_layout(files) else _list_meshes(folder, files)
     if not listing.items and not listing.rejects:
         raise ValueError(f"--source {source} holds no mesh ({', '.join(MESH_SUFFIXES)}) among its {len(files)} files")

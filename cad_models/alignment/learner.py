@@ -13,7 +13,7 @@ from cad_models.alignment.loss import MultiPositiveContrastiveLoss
 from cad_models.alignment.model import MixtureOfExperts, PointEncoder, parameter_groups
 from cad_models.alignment.model_config import HeadConfig, PointEncoderConfig, point_encoder_config, released_config
 from cad_models.alignment.recipe import AlignmentModel, AlignmentRecipe
-from cad_models.task import ADAPT_BATCH, EmbeddingLearner
+from cad_models.learner import ADAPT_BATCH, EmbeddingLearner, check_fit
 
 _FILES = {"moe": "image_head", "pc_encoder": "point_encoder"}
 # What ReConV2's training gives clouds without colour, and to every second cloud with one.
@@ -134,16 +134,7 @@ class AlignmentLearner(nn.Module, EmbeddingLearner):
     def load_artifacts(self, artifacts: Mapping[str, dict[str, Tensor]]) -> None:
         """Raises ValueError naming file and keys that are missing, unknown or of another shape."""
         for name, own in self.artifacts().items():
-            given = artifacts[name]
-            problems = [f"lacks {key}" for key in own.keys() - given.keys()]
-            problems += [f"has the unknown {key}" for key in given.keys() - own.keys()]
-            problems += [
-                f"{key} has shape {list(given[key].shape)}, the recipe makes {list(value.shape)}"
-                for key, value in own.items()
-                if key in given and given[key].shape != value.shape
-            ]
-            if problems:
-                raise ValueError(f"{name}.safetensors does not fit: {'; '.join(sorted(problems)[:5])}")
+            check_fit(f"{name}.safetensors", artifacts[name], own)
         state = {f"point_encoder.{key}": value for key, value in artifacts["pc_encoder"].items()}
         own_names = ("image_mean", "image_std", "loss.")
         state |= {key if key.startswith(own_names) else f"image_head.{key}": value for key, value in artifacts["moe"].items()}

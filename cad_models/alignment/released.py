@@ -33,6 +33,7 @@ from cad_models.alignment.model_config import PointEncoderConfig, released_confi
 from cad_models.alignment.point_encoder import PointEncoder
 from cad_models.config import from_dict, to_dict
 from cad_models.dataset import Folder
+from cad_models.learner import check_fit
 
 WEIGHTS = "pc_encoder.safetensors"
 DESCRIPTION = "encoder.json"
@@ -97,15 +98,7 @@ def converted(encoder: PointEncoder, state: Mapping[str, Tensor]) -> dict[str, T
         if name is not None:
             # A convolution of kernel size 1 over points is a linear layer.
             renamed[name] = tensor.squeeze(-1) if name.startswith("patch_embed.") and tensor.dim() == 3 else tensor
-    problems = [f"missing {name}" for name in ours.keys() - renamed.keys()]
-    problems += [f"unexpected {name}" for name in renamed.keys() - ours.keys()]
-    problems += [
-        f"{name} is {tuple(renamed[name].shape)} instead of {tuple(tensor.shape)}"
-        for name, tensor in ours.items()
-        if name in renamed and renamed[name].shape != tensor.shape
-    ]
-    if problems:
-        raise ValueError("the checkpoint does not fit this point encoder: " + "; ".join(sorted(problems)[:8]))
+    check_fit("the checkpoint", renamed, ours, most=8)
     return {name: renamed[name] for name in ours}
 
 

@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -15,12 +14,12 @@ from cad_models.histograms.features import DISTRIBUTION_SHAPE, HISTOGRAM_SHAPE, 
 from cad_models.histograms.primitives import CLASSES, SOURCE_CLASSES, generate_shape
 from cad_models.histograms.published import BadHistograms, Histograms, Table, read_json, read_table, table_histograms
 from cad_models.histograms.recipe import HistogramRecipe
+from cad_models.sources import generated_set, source_files
 from cad_models.task import LABEL_INDEX, Columns, Inspection, Listing, RawItem, Reject, Row
 
 if TYPE_CHECKING:
     import torch
 
-_BUILTIN = re.compile(r"builtin:(\d+)(?::seed=(\d+))?(?::classes=(source|all))?")
 _DELIMITERS = {".tsv": "\t", ".csv": ","}
 
 # Printed tensors have five digits, their values are below 1; distinct published shapes differ by 0.01 and more.
@@ -41,14 +40,7 @@ def list_source(source: str) -> Listing:
     """
     if source.startswith("builtin:"):
         return _list_generated(source)
-    folder = Folder(source)
-    if not folder.exists():
-        raise ValueError(f"--source {source}: there is no such folder")
-    try:
-        files = folder.files()
-    except (NotADirectoryError, OSError) as error:
-        raise ValueError(f"--source {source} is not a folder that can be listed ({error})") from error
-    files = [name for name in files if not any(part.startswith(".") for part in name.split("/"))]
+    folder, files = source_files(source)
     tables, rejects = _tables(folder, files)
     labels: dict[str, str] = {}
     for name, table in tables.items():
@@ -78,17 +70,17 @@ def list_source(source: str) -> Listing:
 
 
 def _list_generated(source: str) -> Listing:
-    match = _BUILTIN.fullmatch(source)
-    if not match or int(match[1]) < 1:
-        raise ValueError(f"--source {source}: write builtin:<number of shapes>, as builtin:5000, builtin:5000:seed=7 or builtin:5000:seed=7:classes=all")
-    seed, which = int(match[2] or 0), match[3] or "source"
+    count, seed, options = generated_set(source, of="shapes", options=("classes",), example="builtin:600:seed=7:classes=all")
+    which = options.get("classes", "source")
+    if which not in ("source", "all"):
+        raise ValueError(f"--source {source}: classes are source (those of the source system) or all")
     classes = CLASSES if which == "all" else SOURCE_CLASSES
     return Listing(
         items=[
             RawItem(
                 object_id=f"shape-{i:06d}", source=f"builtin:{i}:seed={seed}", uri=f"builtin:{i}:{seed}:{which}", label=classes[i % len(classes)]
             )
-            for i in range(int(match[1]))
+            for i in range(count)
         ]
     )
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from cad_models.histograms.loss import MetricLoss
 from cad_models.histograms.model import Perceptrons
 from cad_models.histograms.recipe import HistogramRecipe
-from cad_models.task import Learner, Predictions
+from cad_models.learner import Learner, check_fit
+from cad_models.task import Predictions
 
 _FLATTEST = 0.1  # of the mean deviation: an input that hardly varies must not be blown up
 
@@ -111,16 +112,7 @@ class HistogramLearner(nn.Module, Learner):
     def load_artifacts(self, artifacts: Mapping[str, dict[str, Tensor]]) -> None:
         """Raises ValueError naming file and keys that are missing, unknown or of another shape."""
         for name, own in self.artifacts().items():
-            given = artifacts[name]
-            problems = [f"lacks {key}" for key in own.keys() - given.keys()]
-            problems += [f"has the unknown {key}" for key in given.keys() - own.keys()]
-            problems += [
-                f"{key} has shape {list(given[key].shape)}, the recipe makes {list(value.shape)}"
-                for key, value in own.items()
-                if key in given and given[key].shape != value.shape
-            ]
-            if problems:
-                raise ValueError(f"{name}.safetensors does not fit: {'; '.join(sorted(problems)[:5])}")
+            check_fit(f"{name}.safetensors", artifacts[name], own)
         state = {f"networks.{key}": value for key, value in artifacts["networks"].items()}
         classes = dict(artifacts["classes"])
         with torch.no_grad():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cad_models.images.loss import balanced_weights, classification_loss
 from cad_models.images.model import InputNormaliser, build_classifier, normalisation_of
 from cad_models.images.recipe import ImagesRecipe
-from cad_models.task import Learner
+from cad_models.learner import Learner, check_fit
 
 _FILE = "classifier"
 
@@ -72,16 +72,8 @@ class ImagesLearner(nn.Module, Learner):
 
     def load_artifacts(self, artifacts: Mapping[str, dict[str, Tensor]]) -> None:
         """Raises ValueError naming keys that are missing, unknown or of another shape."""
-        given, own = artifacts[_FILE], self.state_dict()
-        problems = [f"lacks {key}" for key in own.keys() - given.keys()]
-        problems += [f"has the unknown {key}" for key in given.keys() - own.keys()]
-        problems += [
-            f"{key} has shape {list(given[key].shape)}, recipe and classes make {list(own[key].shape)}"
-            for key in own.keys() & given.keys()
-            if given[key].shape != own[key].shape
-        ]
-        if problems:
-            raise ValueError(f"{_FILE}.safetensors does not fit: {'; '.join(sorted(problems)[:5])}")
+        given = artifacts[_FILE]
+        check_fit(f"{_FILE}.safetensors", given, self.state_dict())
         self.load_state_dict(dict(given))
 
 

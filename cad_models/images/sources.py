@@ -6,18 +6,17 @@ Only names and the CSV are read here, no picture. Rows without a picture and pic
 import csv
 import io
 import os
-import re
 import zipfile
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 from cad_models.dataset import Folder
 from cad_models.images.patterns import class_of
+from cad_models.sources import generated_set, visible
 from cad_models.task import Listing, RawItem, Reject
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
-_BUILTIN = re.compile(r"builtin:(\d+)(?::seed=(\d+))?")
 _ID_NAMES = ("id", "image", "image_id", "img", "file", "filename", "file_name", "path", "name")
 _LABEL_NAMES = ("label", "class", "target", "category", "y", "answer", "solution")
 _IN_ZIP = "!/"
@@ -49,7 +48,7 @@ class Source:
             raise ValueError(f"--source {self.uri} is no zip file that can be read ({error})") from error
         except (NotADirectoryError, OSError) as error:
             raise ValueError(f"--source {self.uri} is not a folder that can be listed ({error})") from error
-        return [name for name in names if not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))]
+        return [name for name in visible(names) if "__MACOSX" not in name.split("/")]
 
     def path(self, name: str) -> str:
         """What `read_uri` reads the file by."""
@@ -120,14 +119,11 @@ def list_source(source: str) -> Listing:
 
 
 def _builtin(source: str) -> Listing:
-    match = _BUILTIN.fullmatch(source)
-    if not match or int(match[1]) < 1:
-        raise ValueError(f"--source {source}: write builtin:<number of pictures>, as builtin:600, or builtin:600:seed=7")
-    seed = int(match[2] or 0)
+    count, seed, _ = generated_set(source, of="pictures")
     return Listing(
         items=[
             RawItem(object_id=f"picture-{i:06d}", source=f"builtin:{i}:seed={seed}", uri=f"builtin:{i}:{seed}", label=class_of(i, seed))
-            for i in range(int(match[1]))
+            for i in range(count)
         ]
     )
 

@@ -189,11 +189,11 @@ def test_recognition_asks_for_what_shapes_do_not_tell():
 
 def test_load_reconv2_names_what_does_not_fit():
     encoder, state = released_state(TINY)
-    with pytest.raises(ValueError, match="missing cross_blocks.0.attn.kv.bias"):
+    with pytest.raises(ValueError, match="lacks cross_blocks.0.attn.kv.bias"):
         load_reconv2(encoder, {})
     with pytest.raises(ValueError, match="'visual.head.weight' is no tensor of a ReConV2 checkpoint"):
         load_reconv2(encoder, {"visual.head.weight": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"image_proj.weight is \(10, 35\) instead of \(10, 36\)"):
+    with pytest.raises(ValueError, match=r"image_proj.weight has shape \[10, 35\], the recipe makes \[10, 36\]"):
         load_reconv2(encoder, state | {"img_proj.weight": torch.zeros(10, 35)})
 
 

@@ -191,7 +191,7 @@ def test_learner_refuses_another_signature_and_other_weights():
     with pytest.raises(ValueError, match="image_size is 40, the signature says 64"):
         build(SMOKE, {**signature, "image_size": 64})
     weights = learner.artifacts()["classifier"]
-    with pytest.raises(ValueError, match="classifier.head.3.weight has shape .2, 256., recipe and classes make .3, 256."):
+    with pytest.raises(ValueError, match="classifier.head.3.weight has shape .2, 256., the recipe makes .3, 256."):
         build(SMOKE, {**signature, "class_counts": [1, 2, 3]}).load_artifacts({"classifier": weights})
     with pytest.raises(ValueError, match="has the unknown more; lacks normaliser.mean"):
         rest = {k: v for k, v in weights.items() if k != "normaliser.mean"}

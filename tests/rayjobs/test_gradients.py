@@ -11,7 +11,7 @@ from torch import nn
 from cad_models.alignment.learner import AlignmentLearner
 from cad_models.alignment.recipe import AlignmentLoss, AlignmentModel, AlignmentRecipe
 from cad_models.config import replace_all
-from cad_models.task import EmbeddingLearner
+from cad_models.learner import EmbeddingLearner
 from rayjobs.gradients import autocast_for, average_gradients, cached_backward, checked_micro_batch_size, seed_of_step
 from rayjobs.loop import Training
 from tests.rayjobs.test_loop import RECIPE, config_of, flat, weights
