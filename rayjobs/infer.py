@@ -269,7 +269,7 @@ def _write(
     ]
     schema = pa.schema(
         [("direction", pa.string()), ("query", pa.string()), ("rank", pa.int32()), ("answer", pa.string()), ("score", pa.float32())],
-        metadata={"rule": ensemble.rule, "members": json.dumps(members)},
+        metadata={"rule": ensemble.rule, "fitted": json.dumps(dict(ensemble.fitted)), "members": json.dumps(members)},
     )
     ranks = pa.Table.from_pylist([asdict(answer) for answer in answers], schema=schema)
     quarantine = [{"source": item.source, "reason": reject.reason, "detail": reject.detail} for item, reject in rejects]
@@ -340,6 +340,8 @@ def _tell_start(ensemble: "Ensemble", requests: Requests) -> None:
     print(f"{_members(ensemble)}:")
     for name, member, weight in zip(ensemble.names, ensemble.members, ensemble.weights, strict=True):
         print(f"  {name}  (digest {member.digest[:12]}, weight {weight:g})")
+    if ensemble.fitted:
+        print(f"  fitted on the validation split: {json.dumps(dict(ensemble.fitted))}")
     for search in requests.searches:
         files = sum(len(entry.inputs) for entry in search.gallery)
         among = f", gallery of {len(search.gallery):,} objects in {files:,} files" if search.gallery else ""

@@ -263,7 +263,7 @@ def save_model(ensemble: Path, target: Path) -> None:
                         ColSpec("string", "direction"),
                     ]
                 ),
-                params=ParamSchema([ParamSpec("top_k", "long", 3)]),
+                params=ParamSchema([ParamSpec("top_k", "long", 3), ParamSpec("options", "string", "{}")]),
             ),
         )
 
