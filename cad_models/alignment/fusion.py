@@ -24,8 +24,13 @@ from cad_models.task import Predictions
 # Bound on the numbers of one block, vectors or scores: 32 MB in float64.
 _BLOCK_ELEMENTS = 1 << 22
 # Objects and galleries that weights are fitted on: three numbers need no more.
-_FIT_OBJECTS = 512
+FIT_OBJECTS = 256
 _FIT_GALLERIES = 3
+# Objects that figures are told of, and multiplications that all their galleries together may take: a minute of one core.
+_TOLD_OBJECTS = 4_096
+_TOLD_WORK = 1e12
+# Objects whose views are combined at a time.
+_COMBINED_OBJECTS = 256
 # Standard deviation of the Gaussian prior of a coefficient, in units of 1 / standard deviation of its score: keeps few objects from deciding alone.
 _PRIOR_STD = 5.0
 
@@ -162,13 +167,19 @@ def combined_views(combine: Any, members: Sequence[Predictions], weights: Sequen
     """
     from cad_models.alignment.answers import combine_embeddings
 
-    found = {"view": combine([m["view"] for m in members]).astype(np.float16), "num_views": members[0]["num_views"]}
+    def by_blocks(columns: Sequence[np.ndarray], function: Any) -> np.ndarray:
+        """``function`` of some objects at a time: in float32 the views of many take gigabytes."""
+        starts = range(0, max(1, len(columns[0])), _COMBINED_OBJECTS)
+        return np.concatenate([function([column[s : s + _COMBINED_OBJECTS] for column in columns]).astype(np.float16) for s in starts])
+
+    def frozen(columns: list[np.ndarray]) -> np.ndarray:
+        return combine_embeddings([_unit(column).astype(np.float32) for column in columns], weights=weights)
+
+    found = {"view": by_blocks([m["view"] for m in members], combine), "num_views": members[0]["num_views"]}
     for name in ("frozen_view", "frozen_query"):
         columns = [m[name] for m in members]
-        if all(np.array_equal(columns[0], column) for column in columns[1:]):
-            found[name] = columns[0]  # one encoder: its vectors once
-        else:
-            found[name] = combine_embeddings([_unit(column).astype(np.float32) for column in columns], weights=weights).astype(np.float16)
+        one_encoder = all(np.array_equal(columns[0], column) for column in columns[1:])
+        found[name] = columns[0] if one_encoder else by_blocks(columns, frozen)
     return found
 
 
@@ -202,7 +213,7 @@ def fit_weights(predictions: Predictions) -> FusionWeights | None:
     """Weights under which the right object is most likely, among all objects of a split for its pictures and among all pictures for its objects.
 
     The sum over the queries of the logarithm of the right answers' share in the softmax of the weighted scores is maximised over weights that are
-    not negative, with a weak Gaussian prior. Up to 512 objects and three pictures of each are used.
+    not negative, with a weak Gaussian prior. Up to 256 objects and three pictures of each are used.
 
     Args:
         predictions: Of the validation split: ``cad``, ``query``, ``num_queries``, ``group`` as for `cad_models.alignment.metrics.retrieval_metrics`, and
@@ -213,7 +224,7 @@ def fit_weights(predictions: Predictions) -> FusionWeights | None:
     """
     from scipy.optimize import minimize
 
-    few = {name: column[:_FIT_OBJECTS] for name, column in predictions.items()}
+    few = {name: column[:FIT_OBJECTS] for name, column in predictions.items()}
     group = few["group"]
     choices: list[tuple[np.ndarray, np.ndarray]] = []
     for _, (_, owner, components) in zip(range(_FIT_GALLERIES), _galleries(few), strict=False):
@@ -262,7 +273,8 @@ def fused_details(predictions: Predictions) -> dict[str, float]:
 
     ``fused/<direction>/recall@k`` (k of `KS`), ``fused/recall@k`` (the mean of both directions), ``best_view/<direction>/recall@k`` (the views through
     the head alone); ``fused_gain/over_view_matching/<direction>/recall@3`` and ``fused_gain/over_learned/...``: differences, paired: all figures are
-    resampled together (1,000 resamples of whole objects, seeded). ``fused/weight/<score>``: the weights. Memory: about 20 n² bytes for n objects.
+    resampled together (1,000 resamples of whole objects, seeded). ``fused/weight/<score>``: the weights. ``fused/num_objects``: of a large split the first
+    4,096 objects are measured, as a gallery of their own, and as many pictures of each as a minute or so allows, at least one.
 
     Args:
         predictions: As for :func:`fit_weights`; ``fusion`` float64 [n, 3], the weights in every row, where they were fitted.
@@ -276,12 +288,14 @@ def fused_details(predictions: Predictions) -> dict[str, float]:
         "learned": POINT_ONLY,
         "view_matching": FusionWeights(point=0.0, view=0.0, frozen=1.0),
     }
+    predictions = {name: column[:_TOLD_OBJECTS] for name, column in predictions.items()}
     group = predictions["group"]
     num_objects = len(group)
+    work = float(num_objects) * predictions["view"].shape[1] * num_objects * (predictions["view"].shape[2] + predictions["frozen_view"].shape[2])
     hits = {name: np.zeros((2, num_objects, len(KS))) for name in parts}
     counts = np.zeros((2, num_objects))
     seen: set[int] = set()
-    for rows, owner, components in _galleries(predictions):
+    for _, (rows, owner, components) in zip(range(max(1, int(_TOLD_WORK / work))), _galleries(predictions), strict=False):
         relevant = group[owner][:, None] == group[None, :]
         fresh = np.array([row not in seen for row in rows.tolist()])
         seen.update(rows.tolist())
@@ -293,7 +307,8 @@ def fused_details(predictions: Predictions) -> dict[str, float]:
             found = _within(scores[fresh], relevant[fresh])
             np.add.at(hits[name][0], owner[fresh], found)
             hits[name][1, asked] += _within(scores.T[asked], relevant.T[asked])
-    return _told(hits, counts) | {f"fused/weight/{name}": value for name, value in asdict(weights.normalised).items()}
+    told = {"fused/num_objects": float(num_objects)}
+    return _told(hits, counts) | told | {f"fused/weight/{name}": value for name, value in asdict(weights.normalised).items()}
 
 
 def _within(scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:

@@ -220,11 +220,11 @@ class AlignmentTask(Task):
 
     def fit_rule(self, members: Sequence[Predictions], *, rule: str) -> dict[str, Any]:
         """Weights of the fused score, which is asked for where a gallery is rendered."""
-        from cad_models.alignment.fusion import fit_weights
+        from cad_models.alignment.fusion import FIT_OBJECTS, fit_weights
 
         if "view" not in members[0]:
             return {}
-        weights = fit_weights(self.combine(members, rule=rule))
+        weights = fit_weights(self.combine([{name: column[:FIT_OBJECTS] for name, column in m.items()} for m in members], rule=rule))
         return {} if weights is None else {"fusion": asdict(weights)}
 
     def combine(

@@ -235,11 +235,21 @@ def test_gains_are_differences_of_the_figures_that_metrics_tell():
 
 def test_intervals_hold_their_figures_and_have_no_width_where_all_is_certain():
     found = fused_details(split(seed=5, objects=20))
-    for name in [name for name in found if not name.endswith(("_low", "_high")) and "weight" not in name]:
+    for name in [name for name in found if not name.endswith(("_low", "_high")) and name.split("/")[1] not in ("weight", "num_objects")]:
         assert found[f"{name}_low"] <= found[name] <= found[f"{name}_high"]
     certain = fused_details(split(objects=10, signal=(50.0, 50.0, 50.0)))
     assert certain["fused/recall@1_low"] == certain["fused/recall@1_high"] == 1.0
     assert certain["fused_gain/over_learned/recall@3_low"] == certain["fused_gain/over_learned/recall@3_high"] == 0.0
+
+
+def test_large_split_is_measured_on_its_first_objects_and_pictures(monkeypatch):
+    predictions = split(objects=9)
+    monkeypatch.setattr(fusion, "_TOLD_OBJECTS", 6)
+    found = fused_details(predictions)
+    assert found["fused/num_objects"] == 6.0 and found == fused_details({name: column[:6] for name, column in predictions.items()})
+    monkeypatch.setattr(fusion, "_TOLD_WORK", 1.0)
+    single = {**predictions, "num_queries": np.ones(9, dtype=np.int64)}
+    assert fused_details(predictions) == fused_details(single) != found
 
 
 def test_all_views_alike_are_not_rewarded():
@@ -249,8 +259,9 @@ def test_all_views_alike_are_not_rewarded():
 
 
 # --- ensembles ----------------------------------------------------------------------------------------------------------------------------
-def test_member_beside_itself_says_nothing_new_and_one_encoder_is_kept_once():
+def test_member_beside_itself_says_nothing_new_and_one_encoder_is_kept_once(monkeypatch):
     predictions = split(objects=8) | {"label": np.zeros(8, dtype=np.int64)}
+    monkeypatch.setattr(fusion, "_COMBINED_OBJECTS", 3)
     twice = TASK.combine([predictions, predictions], weights=[1.0, 3.0])
     assert np.array_equal(twice["frozen_view"], predictions["frozen_view"])
     once = fused_details(predictions)
