@@ -6,7 +6,9 @@ view     cosine of the picture and the mesh's best rendered view, both through t
 frozen   the same of the frozen encoder's embeddings: matching rendered views, the rival without learning
 ======== ===========================================================================================================
 
-The fused score is their weighted mean. Weights are the coefficients of a conditional logit (D. McFadden, "Conditional logit analysis of qualitative
+The fused score is their weighted mean. Where pictures are the answers (mesh to image), a picture that resembles many others of its gallery comes near to
+everything; how much it does, its *crowd*, is taken off, times a weight (after cross-domain similarity local scaling: A. Conneau et al., "Word translation
+without parallel data", ICLR 2018; only the gallery is asked, never the queries). Weights are the coefficients of a conditional logit (D. McFadden, "Conditional logit analysis of qualitative
 choice behavior", 1974) on validation queries: which of the gallery's objects is the right one, given its three scores.
 """
 
@@ -15,7 +17,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Bool, Float, Float32, Int
 
 from cad_models.alignment.metrics import KS, one_per_object
 from cad_models.common.bootstrap import ratio_intervals
@@ -31,34 +33,47 @@ _TOLD_OBJECTS = 4_096
 _TOLD_WORK = 1e12
 # Objects whose views are combined at a time.
 _COMBINED_OBJECTS = 256
+# Nearest other pictures that make a picture's crowd, and pictures of a gallery that are looked at for it.
+_CROWD = 5
+_CROWD_BANK = 4_096
 # Standard deviation of the Gaussian prior of a coefficient, in units of 1 / standard deviation of its score: keeps few objects from deciding alone.
 _PRIOR_STD = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class FusionWeights:
-    """Weights of the three scores, in units of a cosine; only their proportions count."""
+    """Weights of the three scores and of the crowd, in units of a cosine; only their proportions count."""
 
     point: float
     view: float
     frozen: float
+    crowd: float = 0.0
 
     def __post_init__(self) -> None:
-        if not all(0 <= value < float("inf") for value in self.as_tuple()) or not sum(self.as_tuple()) > 0:
+        if not all(0 <= value < float("inf") for value in self.as_tuple()) or not sum(self.of_scores) > 0:
             raise ValueError(f"the weights of the fused scores are {self.as_tuple()}: they must be finite, not negative, and not all 0")
 
-    def as_tuple(self) -> tuple[float, float, float]:
+    @property
+    def of_scores(self) -> tuple[float, float, float]:
         """As ``(point, view, frozen)``."""
         return self.point, self.view, self.frozen
 
+    def as_tuple(self) -> tuple[float, float, float, float]:
+        """As ``(point, view, frozen, crowd)``."""
+        return *self.of_scores, self.crowd
+
     @property
     def normalised(self) -> "FusionWeights":
-        """The same, with the sum 1: a fused score is then a mean of cosines."""
-        total = sum(self.as_tuple())
-        return FusionWeights(point=self.point / total, view=self.view / total, frozen=self.frozen / total)
+        """The same, with the sum 1 of those of the scores: a fused score is then a mean of cosines."""
+        return FusionWeights.of([value / sum(self.of_scores) for value in self.as_tuple()])
+
+    @staticmethod
+    def of(values: Sequence[float]) -> "FusionWeights":
+        """The inverse of :meth:`as_tuple`."""
+        return FusionWeights(**{field.name: float(value) for field, value in zip(fields(FusionWeights), values, strict=True)})
 
 
-DEFAULT_WEIGHTS = FusionWeights(point=0.2, view=0.3, frozen=0.5)
+DEFAULT_WEIGHTS = FusionWeights(point=0.2, view=0.2, frozen=0.6, crowd=0.4)
 """Where nothing was fitted."""
 
 POINT_ONLY = FusionWeights(point=1.0, view=0.0, frozen=0.0)
@@ -68,7 +83,7 @@ POINT_ONLY = FusionWeights(point=1.0, view=0.0, frozen=0.0)
 def weights_in(fitted: Mapping[str, Any] | None) -> FusionWeights:
     """The weights that `Task.fit_rule` found, else the default ones."""
     found = (fitted or {}).get("fusion")
-    return DEFAULT_WEIGHTS if found is None else FusionWeights(**{field.name: float(found[field.name]) for field in fields(FusionWeights)})
+    return DEFAULT_WEIGHTS if found is None else FusionWeights.of([float(found[field.name]) for field in fields(FusionWeights)])
 
 
 # --- scores -------------------------------------------------------------------------------------------------------------------------------
@@ -109,7 +124,7 @@ def score_components(
     Args:
         weights: Scores of weight 0 are not computed, and are 0; None = compute all.
     """
-    wanted = (True, True, True) if weights is None else [share > 0 for share in weights.as_tuple()]
+    wanted = (True, True, True) if weights is None else [share > 0 for share in weights.of_scores]
     found = np.zeros((3, len(pictures.head), len(meshes.point)), dtype=np.float32)
     if wanted[0]:
         found[0] = pictures.head.astype(np.float64) @ meshes.point.astype(np.float64).T
@@ -136,10 +151,35 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
-def fuse(components: Float[np.ndarray, "3 rows columns"], weights: FusionWeights) -> Float32[np.ndarray, "rows columns"]:
-    """The weighted mean of the three scores: summed in float64, rounded to float32."""
-    shares = weights.normalised.as_tuple()
-    return sum(share * scores.astype(np.float64) for share, scores in zip(shares, components, strict=True)).astype(np.float32)
+def crowding(frozen: Float[np.ndarray, "pictures width"], owner: Int[np.ndarray, " pictures"]) -> Float32[np.ndarray, " pictures"]:
+    """How much each picture of a gallery resembles others: its mean cosine with the nearest five pictures of other objects, by the frozen encoder; 0
+    where there are no others. Of a large gallery every n-th picture is looked at, so that they are at most 4,096.
+
+    Args:
+        owner: The object that each picture shows.
+    """
+    found = np.zeros(len(frozen), dtype=np.float32)
+    chosen = np.arange(0, len(frozen), max(1, -(-len(frozen) // _CROWD_BANK)))
+    bank = _unit(frozen[chosen])
+    step = max(1, _BLOCK_ELEMENTS // max(1, len(bank)))
+    for start in range(0, len(frozen), step):
+        rows = slice(start, start + step)
+        scores = (_unit(frozen[rows]) @ bank.T).astype(np.float32)
+        scores[owner[rows][:, None] == owner[chosen][None, :]] = -np.inf
+        k = min(_CROWD, scores.shape[1])
+        nearest = np.partition(scores, scores.shape[1] - k, axis=1)[:, scores.shape[1] - k :].astype(np.float64)
+        others = np.isfinite(nearest)
+        found[rows] = np.where(others, nearest, 0.0).sum(axis=1) / np.maximum(others.sum(axis=1), 1)
+    return found
+
+
+def fuse(
+    components: Float[np.ndarray, "3 rows columns"], weights: FusionWeights, crowd: Float32[np.ndarray, " rows"] | None = None
+) -> Float32[np.ndarray, "rows columns"]:
+    """The weighted mean of the three scores, less the rows' crowd where it is given: summed in float64, rounded to float32."""
+    weights = weights.normalised
+    scores = sum(share * part.astype(np.float64) for share, part in zip(weights.of_scores, components, strict=True))
+    return (scores if crowd is None else scores - weights.crowd * crowd.astype(np.float64)[:, None]).astype(np.float32)
 
 
 def best_columns(scores: Float32[np.ndarray, "rows columns"], k: int) -> list[np.ndarray]:
@@ -184,7 +224,7 @@ def combined_views(combine: Any, members: Sequence[Predictions], weights: Sequen
 
 
 def fusion_column(fitted: Mapping[str, Any] | None, num_objects: int) -> Predictions:
-    """``fusion`` float64 [objects, 3], fitted weights in every row; empty where nothing was fitted."""
+    """``fusion`` float64 [objects, 4], fitted weights in every row; empty where nothing was fitted."""
     return {"fusion": np.tile(weights_in(fitted).as_tuple(), (num_objects, 1))} if "fusion" in (fitted or {}) else {}
 
 
@@ -201,12 +241,27 @@ def pictures_of(predictions: Predictions) -> tuple[PictureVectors, np.ndarray]:
     return PictureVectors(head=predictions["query"][given], frozen=predictions["frozen_query"][given]), np.nonzero(given)[0]
 
 
-def _galleries(predictions: Predictions) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Triples (rows of pictures, owner of each, components [3, rows, meshes]): the first picture of each object, the second of each, and so on."""
+@dataclass(frozen=True, kw_only=True)
+class _Gallery:
+    """One picture of each object, and all meshes."""
+
+    rows: np.ndarray
+    """Which pictures, int64 [rows]."""
+    owner: np.ndarray
+    """Object of each, int64 [rows]."""
+    components: np.ndarray
+    """float32 [3, rows, meshes]."""
+    crowd: np.ndarray
+    """float32 [rows]."""
+
+
+def _galleries(predictions: Predictions) -> Iterator[_Gallery]:
+    """The first picture of each object, the second of each, and so on."""
     meshes = meshes_of(predictions)
     pictures, owner = pictures_of(predictions)
     for rows in one_per_object(owner):
-        yield rows, owner[rows], score_components(pictures.rows(rows), meshes)
+        chosen = pictures.rows(rows)
+        yield _Gallery(rows=rows, owner=owner[rows], components=score_components(chosen, meshes), crowd=crowding(chosen.frozen, owner[rows]))
 
 
 def fit_weights(predictions: Predictions) -> FusionWeights | None:
@@ -220,22 +275,24 @@ def fit_weights(predictions: Predictions) -> FusionWeights | None:
             `COLUMNS`.
 
     Returns:
-        Weights with the sum 1; None where none of the three scores tells anything (or there is nothing to choose from).
+        Weights, those of the scores with the sum 1; None where no score tells anything (or there is nothing to choose from).
     """
     from scipy.optimize import minimize
 
     few = {name: column[:FIT_OBJECTS] for name, column in predictions.items()}
     group = few["group"]
     choices: list[tuple[np.ndarray, np.ndarray]] = []
-    for _, (_, owner, components) in zip(range(_FIT_GALLERIES), _galleries(few), strict=False):
-        relevant = group[owner][:, None] == group[None, :]
-        choices.append((components.astype(np.float64), relevant))
+    for _, gallery in zip(range(_FIT_GALLERIES), _galleries(few), strict=False):
+        relevant = group[gallery.owner][:, None] == group[None, :]
+        # A picture that asks is as crowded whatever the answer.
+        choices.append((np.concatenate([gallery.components, np.zeros((1, *relevant.shape))]), relevant))
         asked = relevant.any(axis=0)  # a mesh without a picture asks nothing
-        choices.append((components.transpose(0, 2, 1)[:, asked].astype(np.float64), relevant.T[asked]))
+        crowd = np.broadcast_to(-gallery.crowd, relevant.T[asked].shape)
+        choices.append((np.concatenate([gallery.components.transpose(0, 2, 1)[:, asked], crowd[None]]), relevant.T[asked]))
     if not choices or all(relevant.all() for _, relevant in choices):
         return None
-    spread = np.array([np.mean([components[k].std() for components, _ in choices]) for k in range(3)])
-    if not (spread > 0).any():
+    spread = np.max([components.std(axis=(1, 2)) for components, _ in choices], axis=0)
+    if not (spread[:3] > 0).any():
         return None
     scale = np.where(spread > 0, 1 / np.maximum(spread, 1e-12), 0.0)
     prior = 1 / (_PRIOR_STD**2 * len(group))
@@ -248,18 +305,17 @@ def fit_weights(predictions: Predictions) -> FusionWeights | None:
             slope = slope + gradient * scale / len(choices)
         return value, slope
 
-    best = minimize(loss, np.ones(3), jac=True, method="L-BFGS-B", bounds=[(0, None)] * 3).x * scale
-    if not best.sum() > 0:
+    best = minimize(loss, np.ones(4), jac=True, method="L-BFGS-B", bounds=[(0, None)] * 4).x * scale
+    if not best[:3].sum() > 0:
         return None
-    best = best / best.sum()
     # Rounded: the last digits depend on the machine, and the weights are part of what identifies an ensemble.
-    return FusionWeights(**{field.name: round(float(value), 6) for field, value in zip(fields(FusionWeights), best, strict=True)})
+    return FusionWeights.of([round(float(value), 6) for value in best / best[:3].sum()])
 
 
 def _negative_log_share(
-    components: Float[np.ndarray, "3 queries choices"], relevant: Bool[np.ndarray, "queries choices"], weights: Float[np.ndarray, " 3"]
+    components: Float[np.ndarray, "parts queries choices"], relevant: Bool[np.ndarray, "queries choices"], weights: Float[np.ndarray, " parts"]
 ) -> tuple[float, np.ndarray]:
-    """Mean over the queries of -log of the relevant choices' share in the softmax, and its gradient [3]."""
+    """Mean over the queries of -log of the relevant choices' share in the softmax, and its gradient [parts]."""
     logits = np.tensordot(weights, components, axes=1)
     odds = np.exp(logits - logits.max(axis=1, keepdims=True))
     right = np.where(relevant, odds, 0.0)
@@ -277,11 +333,9 @@ def fused_details(predictions: Predictions) -> dict[str, float]:
     4,096 objects are measured, as a gallery of their own, and as many pictures of each as a minute or so allows, at least one.
 
     Args:
-        predictions: As for :func:`fit_weights`; ``fusion`` float64 [n, 3], the weights in every row, where they were fitted.
+        predictions: As for :func:`fit_weights`; ``fusion`` float64 [n, 4], the weights in every row, where they were fitted.
     """
-    weights = DEFAULT_WEIGHTS
-    if "fusion" in predictions:
-        weights = FusionWeights(**dict(zip(("point", "view", "frozen"), predictions["fusion"][0].tolist(), strict=True)))
+    weights = FusionWeights.of(predictions["fusion"][0].tolist()) if "fusion" in predictions else DEFAULT_WEIGHTS
     parts = {
         "fused": weights,
         "best_view": FusionWeights(point=0.0, view=1.0, frozen=0.0),
@@ -295,18 +349,18 @@ def fused_details(predictions: Predictions) -> dict[str, float]:
     hits = {name: np.zeros((2, num_objects, len(KS))) for name in parts}
     counts = np.zeros((2, num_objects))
     seen: set[int] = set()
-    for _, (rows, owner, components) in zip(range(max(1, int(_TOLD_WORK / work))), _galleries(predictions), strict=False):
+    for _, gallery in zip(range(max(1, int(_TOLD_WORK / work))), _galleries(predictions), strict=False):
+        owner = gallery.owner
         relevant = group[owner][:, None] == group[None, :]
-        fresh = np.array([row not in seen for row in rows.tolist()])
-        seen.update(rows.tolist())
+        fresh = np.array([row not in seen for row in gallery.rows.tolist()])
+        seen.update(gallery.rows.tolist())
         asked = np.flatnonzero(relevant.any(axis=0))
         np.add.at(counts[0], owner[fresh], 1)
         counts[1, asked] += 1
         for name, chosen in parts.items():
-            scores = fuse(components, chosen)
-            found = _within(scores[fresh], relevant[fresh])
+            found = _within(fuse(gallery.components, chosen)[fresh], relevant[fresh])
             np.add.at(hits[name][0], owner[fresh], found)
-            hits[name][1, asked] += _within(scores.T[asked], relevant.T[asked])
+            hits[name][1, asked] += _within(fuse(gallery.components, chosen, gallery.crowd).T[asked], relevant.T[asked])
     told = {"fused/num_objects": float(num_objects)}
     return _told(hits, counts) | told | {f"fused/weight/{name}": value for name, value in asdict(weights.normalised).items()}
 

@@ -12,6 +12,7 @@ from cad_models.alignment.fusion import (
     MeshVectors,
     PictureVectors,
     best_columns,
+    crowding,
     fuse,
     score_components,
     weights_in,
@@ -36,7 +37,8 @@ def rank_by_views(
 
     A picture and a mesh have the weighted mean of three cosines (see `cad_models.alignment.fusion`), or, where no mesh was rendered, the learned one
     alone. An ensemble's vectors are combined first, so that its members must agree in the view. Of a turned picture the best position counts. An
-    object given by several pictures has the mean of their scores; its learned score is that of its mean embedding, as everywhere.
+    object given by several pictures has the mean of their scores; its learned score is that of its mean embedding, as everywhere. Where pictures are the
+    answers and meshes were rendered, an object's crowd is taken off.
 
     Args:
         outputs: As `cad_models.alignment.predictor.AlignmentPredictor.predict` gives them.
@@ -51,12 +53,16 @@ def rank_by_views(
     rendered = len(next(iter(outputs.values()))) > len(weights)
     vectors = members.meshes([outputs[entry.inputs[0]] for entry in meshes], rendered=rendered)
     chosen = weights_in(fitted) if rendered else POINT_ONLY
+    crowd = None
+    if rendered and not to_mesh:
+        crowd = _crowd([[outputs[i] for i in entry.inputs] for entry in pictures], members)
     scores = np.empty((len(pictures), len(meshes)), dtype=np.float32)
     rows = max(len(entry.inputs) * len(np.atleast_2d(outputs[entry.inputs[0]][0])) for entry in pictures)
     step = max(1, _BLOCK_PAIRS // (len(meshes) * rows))
     for start in range(0, len(pictures), step):
         block = [[outputs[i] for i in entry.inputs] for entry in pictures[start : start + step]]
-        scores[start : start + step] = _scores(block, vectors, members, chosen, rendered=rendered)
+        near = None if crowd is None else crowd[start : start + step]
+        scores[start : start + step] = _scores(block, vectors, members, chosen, near, rendered=rendered)
     scores, asked, among = (scores, pictures, meshes) if to_mesh else (scores.T, meshes, pictures)
     return [
         Answer(direction=search.direction, query=query.entry_id, rank=place, answer=among[column].entry_id, score=float(row[column]))
@@ -111,8 +117,22 @@ class _Members:
         return combine_embeddings(unit, weights=self._encoder_shares).astype(np.float16)
 
 
+def _crowd(objects: list[list[list[np.ndarray]]], members: _Members) -> np.ndarray:
+    """Crowd of each object of a gallery of pictures, given by the outputs of its pictures: the mean of theirs, float32 [objects]."""
+    counts = np.array([len(views) for views in objects])
+    frozen = np.concatenate([members.frozen(outputs[members.count :]) for views in objects for outputs in views])
+    found = crowding(frozen, np.repeat(np.arange(len(objects)), counts)).astype(np.float64)
+    return (np.add.reduceat(found, np.cumsum(counts) - counts) / counts).astype(np.float32)
+
+
 def _scores(
-    block: list[list[list[np.ndarray]]], meshes: MeshVectors, members: _Members, weights: FusionWeights, *, rendered: bool
+    block: list[list[list[np.ndarray]]],
+    meshes: MeshVectors,
+    members: _Members,
+    weights: FusionWeights,
+    crowd: np.ndarray | None,
+    *,
+    rendered: bool,
 ) -> np.ndarray:
     """Fused scores of some picture objects, each given by the outputs of its pictures, and all meshes: float32 [objects, meshes]."""
     pictures = members.pictures([outputs for views in block for outputs in views], rendered=rendered)
@@ -120,10 +140,10 @@ def _scores(
     counts = np.array([len(views) for views in block])
     rolls = len(pictures.head) // counts.sum()
     if rolls > 1:  # a turned picture is a query, and stands alone
-        return fuse(components, weights).reshape(len(block), rolls, -1).max(axis=1)
+        return fuse(components, weights).reshape(len(block), int(rolls), -1).max(axis=1)
     if (counts > 1).any():
         starts = np.cumsum(counts) - counts
         components = (np.add.reduceat(components.astype(np.float64), starts, axis=1) / counts[None, :, None]).astype(np.float32)
         means = np.stack([members.combined(combined_entry([outputs[: members.count] for outputs in views])) for views in block])
         components[0] = means.astype(np.float64) @ meshes.point.astype(np.float64).T
-    return fuse(components, weights)
+    return fuse(components, weights, crowd)

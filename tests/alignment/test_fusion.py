@@ -11,6 +11,7 @@ from cad_models.alignment.fusion import (
     MeshVectors,
     PictureVectors,
     best_columns,
+    crowding,
     fit_weights,
     fuse,
     fused_details,
@@ -123,7 +124,7 @@ def test_weights_that_weigh_nothing_are_refused(values):
 
 def test_weights_in_what_was_fitted_else_the_default():
     assert weights_in(None) == weights_in({}) == DEFAULT_WEIGHTS
-    assert weights_in({"fusion": {"point": 1, "view": 0, "frozen": 2}}) == FusionWeights(point=1.0, view=0.0, frozen=2.0)
+    assert weights_in({"fusion": {"point": 1, "view": 0, "frozen": 2, "crowd": 0.5}}) == FusionWeights(point=1.0, view=0.0, frozen=2.0, crowd=0.5)
 
 
 # --- fitting ------------------------------------------------------------------------------------------------------------------------------
@@ -149,7 +150,7 @@ def test_fitted_weights_go_to_the_score_that_tells_something(telling):
     signal = [0.0, 0.0, 0.0]
     signal[telling] = 3.0
     weights = fit_weights(split(objects=60, signal=tuple(signal)))
-    assert weights.as_tuple()[telling] > 0.8 and sum(weights.as_tuple()) == pytest.approx(1, abs=1e-5)
+    assert weights.of_scores[telling] > 0.8 and sum(weights.of_scores) == pytest.approx(1, abs=1e-5)
 
 
 def test_fitted_weights_do_better_than_each_score_alone_on_other_objects():
@@ -177,6 +178,48 @@ def test_nothing_to_choose_from_fits_nothing():
     assert fit_weights(constant) is None
 
 
+# --- crowd --------------------------------------------------------------------------------------------------------------------------------
+def naive_crowd(pictures: list[np.ndarray], i: int, owner: list[int] | None = None) -> float:
+    owner = list(range(len(pictures))) if owner is None else owner
+    nearest = sorted((cosine(pictures[i], other) for j, other in enumerate(pictures) if owner[j] != owner[i]), reverse=True)[:5]
+    return float(np.mean(nearest)) if nearest else 0.0
+
+
+@pytest.mark.parametrize("block", [None, 4])
+def test_crowding_equals_a_loop_over_the_pictures_of_other_objects(block, monkeypatch):
+    if block:
+        monkeypatch.setattr(fusion, "_BLOCK_ELEMENTS", block)
+    frozen, owner = vectors(pictures=12)[0].frozen, [0, 0, 1, 2, 2, 2, 3, 4, 5, 6, 7, 8]
+    found = crowding(frozen, np.array(owner))
+    np.testing.assert_allclose(found, [naive_crowd(list(frozen), i, owner) for i in range(12)], atol=1e-6)
+
+
+def test_crowding_of_few_and_of_many_pictures(monkeypatch):
+    frozen = vectors(pictures=12)[0].frozen
+    assert crowding(frozen[:1], np.array([0])).tolist() == [0.0]
+    assert crowding(frozen[:3], np.array([0, 0, 0])).tolist() == [0.0] * 3
+    assert crowding(frozen[:2], np.array([0, 1]))[0] == pytest.approx(cosine(frozen[0], frozen[1]), abs=1e-6)
+    monkeypatch.setattr(fusion, "_CROWD_BANK", 4)
+    every_third = [np.mean(sorted((cosine(frozen[i], frozen[j]) for j in range(0, 12, 3) if j != i), reverse=True)) for i in range(12)]
+    np.testing.assert_allclose(crowding(frozen, np.arange(12)), every_third, atol=1e-6)
+
+
+def test_crowd_is_taken_off_where_pictures_are_the_answers_and_is_learned_there():
+    predictions = split(seed=1, objects=40, signal=(0.7, 0.7, 0.7))
+    # Every fourth object's pictures lie near the middle of all: they come near to every mesh.
+    rng = np.random.default_rng(0)
+    middle = rng.normal(size=16)
+    for name in ("frozen_query", "frozen_view"):
+        predictions[name] = (predictions[name] + 0.8 * middle / np.linalg.norm(middle)).astype(np.float16)
+    predictions["frozen_query"][::4] += (1.5 * middle / np.linalg.norm(middle)).astype(np.float16)
+    weights = fit_weights(predictions)
+    assert weights.crowd > 0.1
+    without = FusionWeights(point=weights.point, view=weights.view, frozen=weights.frozen)
+    told, plain = (fused_details(predictions | {"fusion": np.tile(w.as_tuple(), (40, 1))}) for w in (weights, without))
+    assert told["fused/mesh_to_image/recall@1"] > plain["fused/mesh_to_image/recall@1"]
+    assert told["fused/image_to_mesh/recall@1"] == plain["fused/image_to_mesh/recall@1"]
+
+
 # --- figures ------------------------------------------------------------------------------------------------------------------------------
 def naive_recall(predictions: dict[str, np.ndarray], weights: FusionWeights, k: int) -> tuple[float, float]:
     """Recall@k, one picture a query, by a loop over everything."""
@@ -190,7 +233,11 @@ def naive_recall(predictions: dict[str, np.ndarray], weights: FusionWeights, k: 
             max(cosine(head, predictions["view"][j, v]) for v in views),
             max(cosine(frozen, predictions["frozen_view"][j, v]) for v in views),
         )
-        return sum(w * s for w, s in zip(weights.normalised.as_tuple(), scores, strict=True))
+        return sum(w * s for w, s in zip(weights.normalised.of_scores, scores, strict=True))
+
+    def crowd(turn: int) -> list[float]:
+        pictures = [predictions["frozen_query"][i, turn % predictions["num_queries"][i]] for i in range(n)]
+        return [naive_crowd(pictures, i) for i in range(n)]
 
     forward = []
     for i in range(n):
@@ -200,8 +247,9 @@ def naive_recall(predictions: dict[str, np.ndarray], weights: FusionWeights, k: 
             forward.append(1 + sum(scores[j] >= best for j in range(n) if group[j] != group[i]))
     backward = []
     for turn in range(predictions["num_queries"].max()):
+        crowds = crowd(turn)
         for j in range(n):
-            scores = [score(i, turn % predictions["num_queries"][i], j) for i in range(n)]
+            scores = [score(i, turn % predictions["num_queries"][i], j) - weights.normalised.crowd * crowds[i] for i in range(n)]
             best = max(scores[i] for i in range(n) if group[i] == group[j])
             backward.append(1 + sum(scores[i] >= best for i in range(n) if group[i] != group[j]))
     return float(np.mean([r <= k for r in forward])), float(np.mean([r <= k for r in backward]))
@@ -211,7 +259,7 @@ def naive_recall(predictions: dict[str, np.ndarray], weights: FusionWeights, k: 
 def test_fused_figures_equal_a_loop_over_everything(k):
     predictions = split(seed=7, objects=9)
     predictions["group"][3] = predictions["group"][5]
-    weights = FusionWeights(point=0.3, view=0.5, frozen=0.2)
+    weights = FusionWeights(point=0.6, view=1.0, frozen=0.4, crowd=0.8)
     found = fused_details(predictions | {"fusion": np.tile(weights.as_tuple(), (9, 1))})
     forward, backward = naive_recall(predictions, weights, k)
     assert found[f"fused/image_to_mesh/recall@{k}"] == pytest.approx(forward)

@@ -22,7 +22,7 @@ from rayjobs.infer import InferJob
 from tests.rayjobs.members import TASK, write_tiny_member
 
 VIEWS, NUM_PARTS = 3, 3
-WEIGHTS = {"fusion": {"point": 0.2, "view": 0.5, "frozen": 0.3}}
+WEIGHTS = {"fusion": {"point": 0.2, "view": 0.5, "frozen": 0.3, "crowd": 0.25}}
 
 
 def unit(*shape: int, seed: int) -> np.ndarray:
@@ -64,6 +64,17 @@ def naive_scores(picture: list[list[np.ndarray]], mesh: list[np.ndarray], weight
     return w["point"] * point + w["view"] * view + w["frozen"] * frozen
 
 
+def naive_crowd(item: Entry, among: tuple[Entry, ...], outputs, weights: list[float], encoders: int) -> float:
+    """Mean over an object's pictures of the mean cosine with the five nearest pictures of other objects."""
+    share = np.array(weights) / sum(weights) if encoders == 2 else [1.0]
+    crowds = []
+    for i in item.inputs:
+        others = [j for other in among if other is not item for j in other.inputs]
+        near = sorted((sum(s * cosine(outputs[i][2 + e][0], outputs[j][2 + e][0]) for e, s in enumerate(share)) for j in others), reverse=True)
+        crowds.append(np.mean(near[:5]))
+    return float(np.mean(crowds))
+
+
 @pytest.mark.parametrize("encoders", [1, 2])
 @pytest.mark.parametrize("direction", ["image_to_mesh", "mesh_to_image"])
 def test_rank_by_views_equals_a_loop_over_members_pictures_and_views(direction, encoders):
@@ -79,7 +90,9 @@ def test_rank_by_views_equals_a_loop_over_members_pictures_and_views(direction, 
         scores = []
         for item in among:
             picture, mesh = (query, item) if direction == "image_to_mesh" else (item, query)
-            scores.append((naive_scores([outputs[i] for i in picture.inputs], outputs[mesh.inputs[0]], weights, encoders), item.entry_id))
+            score = naive_scores([outputs[i] for i in picture.inputs], outputs[mesh.inputs[0]], weights, encoders)
+            score -= 0.25 * naive_crowd(item, among, outputs, weights, encoders) if direction == "mesh_to_image" else 0.0
+            scores.append((score, item.entry_id))
         answers = [a for a in found if a.query == query.entry_id]
         assert [a.answer for a in answers] == [name for _, name in sorted(scores, key=lambda s: -s[0])[:3]]
         assert [a.rank for a in answers] == [1, 2, 3]
