@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from cad_models.config import check
+from cad_models.dataset import Folder
 from cad_models.task import InferOptions
 
 
@@ -23,3 +24,6 @@ class AlignmentOptions(InferOptions):
         check(1 <= self.query_rolls <= 360, "options.query_rolls", self.query_rolls, "from 1 (as it is) to 360")
         if self.cache and not self.gallery_views:
             raise ValueError(f"--options.cache {self.cache} keeps rendered views, and there are none: add --options.gallery-views 24, or leave it out")
+        if self.cache:
+            # Workers run elsewhere than the driver: only absolute paths mean the same to both.
+            object.__setattr__(self, "cache", Folder(self.cache).uri)

@@ -47,6 +47,7 @@ class AlignmentPredictor(Predictor):
         self.seconds = {"encode images": 0.0, "embed": 0.0}
         if self._options.cache:
             self._cache = ViewCache(self._options.cache, num_views=self._options.gallery_views, view_size=self._view_size)
+            self._cache.check_writable()
             self.seconds["write cache"] = 0.0
 
     @property

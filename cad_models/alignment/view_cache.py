@@ -28,6 +28,13 @@ class ViewCache:
         self._num_views = num_views
         self._settings = {"views": num_views, "size": view_size, "version": _VIEWS_VERSION}
 
+    def check_writable(self) -> None:
+        """Raises ValueError, naming the flag, where files cannot be written: before any work is done rather than after the first mesh."""
+        try:
+            self._folder.write_bytes("writable", b"")
+        except OSError as error:
+            raise ValueError(f"--options.cache {self._folder.uri} cannot be written ({error}): name another folder, or leave it out") from error
+
     def read(self, sha256: str, encoder_digest: str) -> Float16[np.ndarray, "views width"] | None:
         """A mesh's views; None where they are not there, or their file is broken (which is written anew then)."""
         from safetensors import SafetensorError

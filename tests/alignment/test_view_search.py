@@ -228,6 +228,12 @@ def test_view_cache_knows_what_its_numbers_depend_on(tmp_path):
     assert ViewCache(str(tmp_path / "c"), num_views=4, view_size=96).read("mesh", "encoder") is None
 
 
+def test_cache_that_cannot_be_written_is_told_before_any_work(ensemble, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(ValueError, match=r"--options.cache .*file/cache cannot be written .*: name another folder"):
+        TASK.predictor(ensemble.members, options=AlignmentOptions(gallery_views=3, cache=str(tmp_path / "file" / "cache")))
+
+
 def test_turned_pictures_are_queries_alone_and_score_no_worse(place, ensemble):
     options = AlignmentOptions(query_rolls=3)
     requests = TASK.list_requests(str(place / "q"), str(place / "g"), options=options)
