@@ -15,6 +15,9 @@ from typing import Any
 import pyarrow
 import pyarrow.fs
 
+# They have no folders: creating one costs requests, and leaves an empty object behind.
+_OBJECT_STORES = ("s3", "gcs", "abfs")
+
 
 class DatasetError(ValueError):
     """The dataset folder is not what the job needs; the message names the file and the remedy."""
@@ -94,7 +97,8 @@ class Folder:
         filesystem = self._filesystem[0]
         target = self._inner(name)
         parent, _, base = target.rpartition("/")
-        filesystem.create_dir(parent, recursive=True)
+        if filesystem.type_name not in _OBJECT_STORES:
+            filesystem.create_dir(parent, recursive=True)
         if not self.is_local:
             # Object stores publish an object when its upload completes: already all or nothing.
             with filesystem.open_output_stream(target) as stream:
@@ -113,7 +117,8 @@ class Folder:
 
     def publish(self, name: str, directory: Path) -> None:
         """Make a finished local directory appear as ``name``, replacing what was there. Locally a reader sees the old or the new folder;
-        a kill between the two renames is mended by :meth:`recover`."""
+        a kill between the two renames is mended by :meth:`recover`. On an object store the files follow each other in the order of their
+        names: whoever reads several must be able to tell from the last one that all are there."""
         if not self.is_local:
             for path in sorted(p for p in directory.rglob("*") if p.is_file()):
                 self.write_bytes(f"{name}/{path.relative_to(directory).as_posix()}", path.read_bytes())

@@ -140,16 +140,16 @@ def run_job(job_type: type[Job], main: Callable[[Job], int | None], argv: Sequen
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
-    except (ValueError, FileNotFoundError, PermissionError) as error:
-        if os.environ.get("CAD_TRACEBACK") == "1":
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        status = 1
     except KeyboardInterrupt:
         print("stopped; the same command goes on from what is finished", file=sys.stderr)
         status = 130
     except BrokenPipeError:
         status = _reader_gone()
+    except (ValueError, OSError) as error:  # OSError: files, disks, object stores
+        if os.environ.get("CAD_TRACEBACK") == "1":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        status = 1
     try:
         sys.stdout.flush()
     except BrokenPipeError:
