@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -17,10 +18,17 @@ import pyarrow.fs
 
 # They have no folders: creating one costs requests, and leaves an empty object behind.
 _OBJECT_STORES = ("s3", "gcs", "abfs")
+# What names a user stands between :// and the last @ before the host ends; a password may itself hold an @.
+_USER_INFO = re.compile(r"([a-zA-Z][\w+.-]*://)[^/?#\s]*@")
 
 
 class DatasetError(ValueError):
     """The dataset folder is not what the job needs; the message names the file and the remedy."""
+
+
+def without_credentials(text: str) -> str:
+    """The text with ``***`` for what stands before the ``@`` of each URI in it: ``postgresql://***@host/db``."""
+    return _USER_INFO.sub(r"\1***@", text)
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,12 @@ class Folder:
     uri: str
 
     def __post_init__(self) -> None:
+        if without_credentials(self.uri) != self.uri:
+            # It would be printed, tracked and stored in manifests.
+            raise DatasetError(
+                f"{without_credentials(self.uri)}: credentials do not belong into a URI; give them in the environment, as AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY"
+            )
         if "://" not in self.uri:
             # Train workers run elsewhere than the driver: only absolute paths mean the same to both.
             object.__setattr__(self, "uri", os.path.abspath(os.path.expanduser(self.uri)))
