@@ -9,9 +9,9 @@ import pytest
 
 from rayjobs.cli import parse_job
 from rayjobs.tune import TuneJob
-from tests.cluster.manifests import containers, documents, only, pod_specs, validate
+from tests.cluster.manifests import CLUSTER, containers, documents, only, pod_specs, validate
 
-MANIFESTS = ("raycluster.yaml", "rayjob-tune.yaml", "mlflow.yaml")
+MANIFESTS = ("network.yaml", "raycluster.yaml", "rayjob-tune.yaml", "mlflow.yaml")
 ALL_PODS = [(f"{name}:{role}", pod) for name in MANIFESTS for d in documents(name) for role, pod in pod_specs(d).items()]
 
 
@@ -19,7 +19,7 @@ ALL_PODS = [(f"{name}:{role}", pod) for name in MANIFESTS for d in documents(nam
 def test_manifest_is_what_the_api_server_takes(name):
     for document in documents(name):
         validate(document)
-        assert document["metadata"]["namespace"] == "cad"
+        assert document["kind"] == "Namespace" or document["metadata"]["namespace"] == "cad"
 
 
 @pytest.mark.parametrize(
@@ -165,3 +165,28 @@ def test_mlflow_server_demands_a_login_and_keeps_data_outside_its_pod():
     assert host.split(":")[0] in flags["--allowed-hosts"].split(","), "else MLflow answers 403"
     ini = only(objects, "ConfigMap")["data"]["basic_auth.ini"]
     assert "password" not in ini and f"database_uri = {flags['--backend-store-uri']}" in ini
+
+
+def test_every_ray_pod_is_behind_the_network_policy():
+    policy = only(documents("network.yaml"), "NetworkPolicy")["spec"]
+    # The operator gives this label to every pod of a cluster.
+    assert policy["podSelector"] == {"matchExpressions": [{"key": "ray.io/cluster", "operator": "Exists"}]} and policy["policyTypes"] == ["Ingress"]
+    assert all(set(source) <= {"podSelector", "namespaceSelector"} for rule in policy["ingress"] for source in rule["from"])
+    guarded = {only(documents("mlflow.yaml"), "NetworkPolicy", name)["spec"]["podSelector"]["matchLabels"]["app"] for name in ("mlflow", "mlflow-db")}
+    assert guarded == {"mlflow", "mlflow-db"}
+
+
+def test_readme_creates_every_secret_that_is_referred_to():
+    text = (CLUSTER / "README.md").read_text()
+    named = set()
+    for name in MANIFESTS:
+        for document in documents(name):
+            for pod in pod_specs(document).values():
+                for container in containers(pod):
+                    named |= {source["secretRef"]["name"] for source in container.get("envFrom", [])}
+                    named |= {v["valueFrom"]["secretKeyRef"]["name"] for v in container.get("env", []) if "valueFrom" in v}
+    assert len(named) == 3
+    for secret in named | {"cad-ray-token"}:
+        assert f"create secret generic {secret} " in text, secret
+    for name in MANIFESTS:
+        assert f"kubectl apply -f cluster/kuberay/{name}" in text, name
