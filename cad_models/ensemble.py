@@ -12,6 +12,7 @@ A trained member is an ensemble of one. The folder is self-contained: with it th
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,9 @@ from cad_models.task import Answer, InferOptions, Input, Reject, Requests, Task
 from cad_models.tasks import TASKS
 
 SCHEMA_VERSION = 1
+
+# Entries of what `Task.read_input` gives that tell what it cost.
+_SECONDS = "seconds/"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +231,7 @@ class Processed:
     """One input file, read and seen by every member."""
 
     outputs: list[np.ndarray]
-    """float32 [width] a member; empty when rejected."""
+    """As `Predictor.predict` gives them; empty when rejected."""
     thumbnail: bytes
     """JPEG; empty when rejected."""
     reject: Reject | None = None
@@ -254,7 +258,7 @@ class InputProcessor:
         self._task = ensemble.task.name
         self._predictor = ensemble.task.predictor(ensemble.members, device=device, options=options)
         self._reader = Isolated("cad_models.tasks:read_input", timeout_s=timeout_s, memory_limit_bytes=memory_limit_bytes)
-        self._read_seconds = 0.0
+        self._read_seconds: Counter[str] = Counter()
         # A photograph may take a hundred megabytes once it is decoded: where batches bring nothing, one at a time.
         self._step = 1 if device == "cpu" else 16
 
@@ -267,8 +271,9 @@ class InputProcessor:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Time spent so far in each stage."""
-        return {"read files": self._read_seconds, **self._predictor.seconds}
+        """Time spent so far in each stage; ``read files`` is what no other stage names: reading itself, and handing over what was read."""
+        named = sum(seconds for stage, seconds in self._read_seconds.items() if stage)
+        return {"read files": self._read_seconds[""] - named, **{k: s for k, s in self._read_seconds.items() if k}, **self._predictor.seconds}
 
     def process(self, inputs: Sequence[Input]) -> list[Processed]:
         """Read the files and run the members on them; a file that cannot be read is rejected and stops nothing."""
@@ -277,7 +282,11 @@ class InputProcessor:
     def _processed(self, inputs: Sequence[Input]) -> list[Processed]:
         started = time.perf_counter()
         read = [self._read(item) for item in inputs]
-        self._read_seconds += time.perf_counter() - started
+        self._read_seconds[""] += time.perf_counter() - started
+        for columns in read:
+            if not isinstance(columns, Reject):
+                stages = [name for name in columns if name.startswith(_SECONDS)]
+                self._read_seconds.update({name.removeprefix(_SECONDS): float(columns.pop(name)) for name in stages})
         good = [columns for columns in read if not isinstance(columns, Reject)]
         outputs = iter(self._predictor.predict(good))
         return [

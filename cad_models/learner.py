@@ -56,6 +56,11 @@ class Learner(ABC):
     def predict(self, batch: "dict[str, Tensor]") -> "dict[str, Tensor]":
         """Deterministic outputs, first axis = object; what `Task.evaluate` reads once a split is complete."""
 
+    def predict_more(self, batch: "dict[str, Tensor]") -> "dict[str, Tensor]":
+        """What else of a split's objects `Task.details` and `Task.fit_rule` read beside :meth:`predict`: costly or large, therefore asked for once, when a
+        run or a search ends, and not at every evaluation. First axis = object."""
+        return {}
+
     @abstractmethod
     def artifacts(self) -> "dict[str, dict[str, Tensor]]":
         """The named files of a checkpoint: ``{"moe": state_dict, "pc_encoder": state_dict}``; all weights, each once."""

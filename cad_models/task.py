@@ -215,7 +215,8 @@ class Predictor(ABC):
 
     @abstractmethod
     def predict(self, batch: Sequence[Columns]) -> list[list[np.ndarray]]:
-        """For each input each member's output, float32 [width]. On a CPU an input's outputs depend on that input alone, bit for bit."""
+        """For each input each member's output, and after these whatever :meth:`Task.rank` needs beside them: float32 or float16 arrays of any shape. On a
+        CPU an input's outputs depend on that input alone, bit for bit."""
 
 
 class Task(ABC):
@@ -404,7 +405,7 @@ class Task(ABC):
     @abstractmethod
     def read_input(self, item: Input, settings: Any) -> Columns | Reject:
         """The arrays that a `Predictor` of these settings needs of one file, and its picture as ``thumbnail`` (a JPEG's bytes as uint8 [n], empty where
-        there is none). Runs in a process that may be lost."""
+        there is none). ``seconds/<stage>``, if any, tell what reading it cost. Runs in a process that may be lost."""
 
     @abstractmethod
     def rank(

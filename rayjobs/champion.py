@@ -101,7 +101,7 @@ def _predict(members: list[dict[str, bytes]], measuring: Measuring, splits: list
         unlike = [f"{name} {a!r} -> {b!r}" for name, (a, b) in sorted(both.items()) if a != b and name not in member.task.signature_notes]
         if unlike:
             raise CannotBeMeasured(f"it was trained for other inputs than this dataset has ({'; '.join(unlike)})")
-        results.append({split: predict_split(member.task, member.recipe, member.learner, getattr(loop, split), device) for split in splits})
+        results.append({s: predict_split(member.task, member.recipe, member.learner, getattr(loop, s), device, more=True) for s in splits})
     return results
 
 
@@ -162,7 +162,7 @@ def select(folder: Folder, task: Task, candidates: Sequence[Candidate], measurin
         take_all: The ensemble is all of them; otherwise those that `choose_members` chooses.
 
     Returns:
-        ``members`` (one dict a candidate: name, folder, member_digest, best, metrics), ``chosen`` (positions in it), ``rule``, ``fitted``, ``score``
+        ``members`` (one dict a candidate: name, folder, member_digest, best, what was fitted for it alone, metrics), ``chosen`` (positions in it), ``rule``, ``fitted``, ``score``
         and ``metrics`` of the ensemble.
     """
     results = [folder.read_json(f"{candidate.folder}/result.json") for candidate in candidates]
@@ -187,6 +187,7 @@ def select(folder: Folder, task: Task, candidates: Sequence[Candidate], measurin
         chosen, _ = choose_members(without_test, lambda members: combined(task, members, rule, fitted=fit(task, members, rule)), score_of, task.score)
     fitted = fit(task, [predicted[i] for i in chosen], rule)
     together = combined(task, [predicted[i] for i in chosen], rule, fitted=fitted)
+    alone = [fit(task, [of_member], task.combine_rules[0]) for of_member in predicted]
     selection = {
         "key": key,
         "members": [
@@ -195,9 +196,10 @@ def select(folder: Folder, task: Task, candidates: Sequence[Candidate], measurin
                 "folder": candidate.folder,
                 "member_digest": result["member_digest"],
                 "best": result["best"],
-                "metrics": metrics_of(task, of_member),
+                "fitted": of_rule,
+                "metrics": metrics_of(task, combined(task, [of_member], task.combine_rules[0], fitted=of_rule)),
             }
-            for candidate, result, of_member in zip(candidates, results, predicted, strict=True)
+            for candidate, result, of_member, of_rule in zip(candidates, results, predicted, alone, strict=True)
         ],
         "chosen": chosen,
         "rule": rule,
@@ -284,8 +286,9 @@ def register(
         with folder.fetched(f"{entry['folder']}/{entry['best']}") as directory:
             if member_digest(directory) != entry["member_digest"]:
                 raise ValueError(f"{folder.path(entry['folder'])} was changed after its training: delete it and run again")
-            score = entry["metrics"][task.score.name]
-            versions.append(registry.register_member(directory, score=score, run_id=candidate.run_id or None, tags={**tags, **candidate.tags}))
+            score, fitted = entry["metrics"][task.score.name], entry.get("fitted", {})
+            told = {**tags, **candidate.tags}
+            versions.append(registry.register_member(directory, score=score, fitted=fitted, run_id=candidate.run_id or None, tags=told))
     ensemble = registry.register_ensemble(
         [versions[i] for i in selection["chosen"]],
         score=selection["score"],

@@ -66,6 +66,7 @@ def parse_job(job_type: type[Job], argv: Sequence[str] | None = None, **defaults
             defaults = {"run": name, "seeds": run.seeds, **defaults}
         if "options" in fields:
             defaults = {"options": task.infer_options(), **defaults}
+            arguments = _with_prefix(arguments, {field.name for field in dataclasses.fields(task.infer_options)} - fields)
         if {"dry_run", "list_runs"} <= fields and {"--dry-run", "--list-runs"} & {a.replace("_", "-") for a in arguments}:
             defaults = {"dataset": "", **defaults}  # only told, not read
         default = job_type(task=task_name, recipe=recipe, smoke=smoke, **defaults)
@@ -95,6 +96,17 @@ def among(value: str, allowed: Iterable[str], flag: str) -> str:
     allowed = list(allowed)
     close = difflib.get_close_matches(value, allowed, n=1)
     return f"it has {', '.join(allowed) or 'none'}" + (f"; did you mean {flag} {close[0]}?" if close else "")
+
+
+def _with_prefix(arguments: Sequence[str], options: set[str]) -> list[str]:
+    """``--gallery-views 24`` as ``--options.gallery-views 24``: a task's own flag is known without its prefix where no flag of the job has its name."""
+    words = []
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        name = flag.removeprefix("--")
+        known = flag.startswith("--") and name.removeprefix("no-").replace("-", "_") in options
+        words.append(f"--options.{name}{equals}{value}" if known else argument)
+    return words
 
 
 def _last_value(arguments: Sequence[str], flag: str) -> str:

@@ -12,6 +12,7 @@ Writes the CSV, and beside it a table of ranks and scores (Parquet), a page to l
 import csv
 import io
 import json
+import math
 import sys
 import tempfile
 import time
@@ -196,10 +197,10 @@ class InferWorker:
         return {
             "start": unit["start"],
             "outputs": [b"".join(output.tobytes() for output in row.outputs) for row in rows],
-            "widths": json.dumps([[len(output) for output in row.outputs] for row in rows]),
+            "shapes": json.dumps([[(output.dtype.name, output.shape) for output in row.outputs] for row in rows]),
             "thumbnails": [row.thumbnail for row in rows],
             "rejects": json.dumps([row.reject and asdict(row.reject) for row in rows]),
-            "seconds": json.dumps({name: value - before[name] for name, value in self._processor.seconds.items()}),
+            "seconds": json.dumps({name: value - before.get(name, 0.0) for name, value in self._processor.seconds.items()}),
         }
 
 
@@ -208,10 +209,12 @@ def _unpacked(row: dict[str, Any]) -> Iterator[tuple[int, Any]]:
 
     from cad_models.ensemble import Processed
 
-    rejects, widths = json.loads(row["rejects"]), json.loads(row["widths"])
+    rejects, shapes = json.loads(row["rejects"]), json.loads(row["shapes"])
     for i, (data, thumbnail) in enumerate(zip(row["outputs"], row["thumbnails"], strict=True)):
-        values = np.frombuffer(data, dtype=np.float32)
-        outputs = np.split(values, np.cumsum(widths[i])[:-1]) if widths[i] else []
+        outputs, start = [], 0
+        for kind, shape in shapes[i]:
+            outputs.append(np.frombuffer(data, dtype=kind, count=math.prod(shape), offset=start).reshape(shape))
+            start += outputs[-1].nbytes
         reject = None if rejects[i] is None else Reject(**rejects[i])
         yield row["start"] + i, Processed(outputs=outputs, thumbnail=thumbnail, reject=reject)
 
@@ -266,7 +269,7 @@ def _write(
     ]
     schema = pa.schema(
         [("direction", pa.string()), ("query", pa.string()), ("rank", pa.int32()), ("answer", pa.string()), ("score", pa.float32())],
-        metadata={"rule": ensemble.rule, "members": json.dumps(members)},
+        metadata={"rule": ensemble.rule, "fitted": json.dumps(dict(ensemble.fitted)), "members": json.dumps(members)},
     )
     ranks = pa.Table.from_pylist([asdict(answer) for answer in answers], schema=schema)
     quarantine = [{"source": item.source, "reason": reject.reason, "detail": reject.detail} for item, reject in rejects]
@@ -337,6 +340,8 @@ def _tell_start(ensemble: "Ensemble", requests: Requests) -> None:
     print(f"{_members(ensemble)}:")
     for name, member, weight in zip(ensemble.names, ensemble.members, ensemble.weights, strict=True):
         print(f"  {name}  (digest {member.digest[:12]}, weight {weight:g})")
+    if ensemble.fitted:
+        print(f"  fitted on the validation split: {json.dumps(dict(ensemble.fitted))}")
     for search in requests.searches:
         files = sum(len(entry.inputs) for entry in search.gallery)
         among = f", gallery of {len(search.gallery):,} objects in {files:,} files" if search.gallery else ""

@@ -42,7 +42,7 @@ from cad_models.tasks import TASKS
 from rayjobs.batching import fitting_batch_size, prefetched, regrouped
 from rayjobs.gradients import autocast_for, cached_backward, checked_micro_batch_size, same_everywhere, seed_of_step
 from rayjobs.history import CSV_NAME, PNG_NAME, history_csv, history_png
-from rayjobs.predictions import final_figures, predict_split, rank, split_metrics, world_size
+from rayjobs.predictions import final_figures, fitted_alone, predict_split, rank, split_metrics, world_size
 from rayjobs.streams import ROW_KEY, SplitStream
 from rayjobs.system_metrics import system_metrics
 
@@ -297,15 +297,16 @@ class Training:
         with self.folder.fetched(f"best/{self._score_folder}") as directory:
             best = load_member(directory, device=str(self.device))
         reported = self.task.report_splits if self.config.report else ()
-        streams = {name: getattr(self.config, name) for name in dict.fromkeys(("test", *reported)) if getattr(self.config, name).num_rows}
-        if self.config.reference is not None and streams:
-            streams[self.task.reference_split] = self.config.reference
+        wanted = ("val", "test", *reported)
+        streams = {name: getattr(self.config, name) for name in dict.fromkeys((*wanted, self.task.reference_split)) if name}
         predicted = {
-            name: predict_split(self.task, self.recipe, best.learner, stream, self.device, group=self.cpu_group) for name, stream in streams.items()
+            name: predict_split(self.task, self.recipe, best.learner, stream, self.device, more=True, group=self.cpu_group)
+            for name, stream in streams.items()
+            if stream.num_rows
         }
         if self.rank == 0:
             reference = predicted.get(self.task.reference_split)
-            test = final_figures(self.task, predicted["test"], reference, self.config.signature) if "test" in predicted else {}
+            test = final_figures(self.task, fitted_alone(self.task, predicted), reference, self.config.signature) if "test" in predicted else {}
             metrics = {**best.metrics, **test}
             self._write_history()  # a run that was killed just before its last line has it now
             self.folder.write_bytes(PNG_NAME, history_png(self.task, self.state.history, title=self.folder.uri.rsplit("/", 1)[1]))

@@ -3,7 +3,8 @@
 MLflow copies this file and the package ``cad_models`` beside the weights, so a version needs no checkout of this project, and no pickle.
 
 Input: one row a query, columns ``query`` (path of an image or a mesh) and, for tasks that search, ``gallery`` (path of a folder of meshes or of images). Output: rows of
-query, rank, answer, score, direction, as ``infer.py`` writes them; parameter ``top_k``.
+query, rank, answer, score, direction, as ``infer.py`` writes them. Parameters: ``top_k``; ``options``, what ``--options.*`` of ``infer.py`` ask, as JSON:
+``{"gallery_views": 24}``.
 """
 
 from typing import Any
@@ -28,17 +29,22 @@ class AnswersModel(PythonModel):
         """Answers to every query; queries of the same gallery share its embedding.
 
         Raises:
-            ValueError: a gallery is not there or does not fit its queries, or a query cannot be read; the message names it.
+            ValueError: a gallery is not there or does not fit its queries, a query cannot be read, or there is no such option; the message names it.
         """
+        import json
+
+        from cad_models.config import replace_all
         from cad_models.ensemble import InputProcessor, answer
 
-        top_k = int((params or {}).get("top_k", 3))
+        params, task = params or {}, self._ensemble.task
+        top_k = int(params.get("top_k", 3))
+        options = replace_all(task.infer_options(), json.loads(params.get("options") or "{}"))
         rows: list[dict[str, Any]] = []
-        with InputProcessor(self._ensemble) as processor:
+        with InputProcessor(self._ensemble, options=options) as processor:
             galleries = model_input["gallery"].fillna("") if "gallery" in model_input else [""] * len(model_input)
             for gallery, asked in model_input.assign(gallery=galleries).groupby("gallery", sort=True):
                 queries = list(dict.fromkeys(asked["query"]))
-                requests = self._ensemble.task.list_requests(queries, str(gallery) or None)
+                requests = task.list_requests(queries, str(gallery) or None, options=options)
                 answers, rejects = answer(self._ensemble, requests, processor, top_k=top_k)
                 for item, reject in rejects:
                     if item.source in queries:

@@ -54,11 +54,22 @@ def final_figures(
     return named_metrics(task, predictions, "test", reference) | details
 
 
+def fitted_alone(task: Task, predicted: Mapping[str, Predictions]) -> Predictions:
+    """A single member's predictions of the test split, with what the task's first rule finds on those of the validation split."""
+    rule = task.combine_rules[0]
+    fitted = task.fit_rule([predicted["val"]], rule=rule)
+    return task.combine([predicted["test"]], rule=rule, fitted=fitted) if fitted else predicted["test"]
+
+
 def predict_split(
-    task: Task, recipe: Recipe, learner: nn.Module, stream: SplitStream, device: torch.device, *, group: Any = None
+    task: Task, recipe: Recipe, learner: nn.Module, stream: SplitStream, device: torch.device, *, more: bool = False, group: Any = None
 ) -> Predictions | None:
     """Predictions of a whole split in dataset order (None on workers other than rank 0). Batches never cross parts, so the result does not
-    depend on the number of workers."""
+    depend on the number of workers.
+
+    Args:
+        more: With what `Learner.predict_more` adds.
+    """
     if stream.num_rows == 0:
         raise ValueError(
             f"the {stream.split} split of --dataset {stream.dataset.uri} is empty: prepare with a larger --split.{stream.split}-fraction or more objects"
@@ -72,10 +83,8 @@ def predict_split(
             for start in range(0, len(keys), _EVAL_BATCH):
                 chunk = {name: column[start : start + _EVAL_BATCH] for name, column in columns.items()}
                 batch = {n: t.to(device) for n, t in task.collate(chunk, recipe, rngs=None).items()}
-                predicted = {
-                    n: t.float().cpu().numpy() if t.is_floating_point() else t.cpu().numpy() for n, t in learner.predict(batch).items()
-                }
-                pieces.append({**predicted, ROW_KEY: keys[start : start + _EVAL_BATCH]})
+                predicted = learner.predict(batch) | (learner.predict_more(batch) if more else {})
+                pieces.append({**{n: _array(t) for n, t in predicted.items()}, ROW_KEY: keys[start : start + _EVAL_BATCH]})
     learner.train(was_training)
     if group is not None:
         gathered: list[Any] | None = [None] * world_size() if rank() == 0 else None
@@ -87,6 +96,11 @@ def predict_split(
     whole = concatenated(pieces)
     order = np.argsort(whole.pop(ROW_KEY), kind="stable")
     return {name: column[order] for name, column in whole.items()}
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    """As numpy: numbers as float32, but for what a learner keeps small as float16."""
+    return (tensor.float() if tensor.is_floating_point() and tensor.dtype != torch.float16 else tensor).cpu().numpy()
 
 
 def rank() -> int:

@@ -57,12 +57,19 @@ class Registry:
         self.name = tracking.registered_model
 
     def register_member(
-        self, checkpoint: Path, *, score: float, run_id: str | None = None, tags: Mapping[str, str] | None = None
+        self,
+        checkpoint: Path,
+        *,
+        score: float,
+        fitted: Mapping[str, Any] | None = None,
+        run_id: str | None = None,
+        tags: Mapping[str, str] | None = None,
     ) -> Version:
         """Register a checkpoint folder as a version of kind ``member``.
 
         Args:
             score: The task's score on the validation split, for the tag of that name.
+            fitted: What `Task.fit_rule` said of this member alone and the task's first rule.
             run_id: The MLflow run that trained it.
             tags: Further tags; recipe_digest, dataset_digest, encoder and member_digest are set here.
 
@@ -75,7 +82,7 @@ class Registry:
 
         with tempfile.TemporaryDirectory() as folder:
             directory = Path(folder) / "ensemble"
-            entry = write_ensemble(directory, [checkpoint])
+            entry = write_ensemble(directory, [checkpoint], fitted=fitted)
             recipe = json.loads((checkpoint / "recipe.json").read_text())["recipe"]
             signature = json.loads((checkpoint / "signature.json").read_text())
             described = {
@@ -256,7 +263,7 @@ def save_model(ensemble: Path, target: Path) -> None:
                         ColSpec("string", "direction"),
                     ]
                 ),
-                params=ParamSchema([ParamSpec("top_k", "long", 3)]),
+                params=ParamSchema([ParamSpec("top_k", "long", 3), ParamSpec("options", "string", "{}")]),
             ),
         )
 

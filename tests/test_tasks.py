@@ -269,11 +269,29 @@ def test_evaluation_gives_the_metrics_that_the_task_names(task, prepared):
         assert name and {n for n in reference} <= metrics.keys()
 
 
+def final_predictions(prepared: Prepared, seed: int) -> dict[str, np.ndarray]:
+    """What a learner says of a split when a run ends."""
+    learner, batch = fresh_learner(prepared, seed).eval(), batch_of(prepared, train=False)
+    with torch.inference_mode():
+        usual, more = learner.predict(batch), learner.predict_more(batch)
+    assert not usual.keys() & more.keys()
+    return {name: tensor.numpy() for name, tensor in (usual | more).items()}
+
+
+def test_what_a_run_tells_at_its_end_are_finite_figures_within_their_bounds(task, prepared):
+    predicted = final_predictions(prepared, 0)
+    assert {len(column) for column in predicted.values()} == {NUM_OBJECTS}
+    metrics = task.evaluate(predicted, predicted if task.reference_split else None)
+    rule = task.combine_rules[0]
+    combined = task.combine([predicted], rule=rule, fitted=task.fit_rule([predicted], rule=rule))
+    for details in (task.details(predicted), task.details(combined)):
+        assert not details.keys() & metrics.keys() and all(np.isfinite(value) for value in details.values())
+        for name in {name.removesuffix("_low") for name in details if name.endswith("_low")}:
+            assert details[f"{name}_low"] <= (metrics | details)[name] <= details[f"{name}_high"]
+
+
 def test_every_rule_combines_what_it_was_fitted_on(task, prepared):
-    members = []
-    for seed in (0, 1):
-        with torch.inference_mode():
-            members.append({n: t.numpy() for n, t in fresh_learner(prepared, seed).eval().predict(batch_of(prepared, train=False)).items()})
+    members = [final_predictions(prepared, seed) for seed in (0, 1)]
     for rule in task.combine_rules:
         fitted = task.fit_rule(members, rule=rule)
         assert json.loads(json.dumps(fitted)) == fitted  # it is kept in ensemble.json

@@ -9,19 +9,17 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from cad_models.alignment.data import IMAGE_SUFFIXES, cad_points, read_uri
+from cad_models.alignment.view_cache import ViewCache
 from cad_models.common.images import BadImage, decode_image
 from cad_models.common.meshes import MESH_SUFFIXES, BadMesh, load_mesh
 from cad_models.dataset import Folder
-from cad_models.task import Answer, Columns, Entry, Input, Predictor, Reject, Requests, Search
-
-if TYPE_CHECKING:
-    from cad_models.checkpoint import Member
+from cad_models.task import Answer, Columns, Entry, Input, Reject, Requests, Search
 
 DIRECTIONS = ("image_to_mesh", "mesh_to_image")
 
@@ -33,18 +31,17 @@ _LAYOUT = {
 
 _THUMBNAIL_SIZE = 128
 
-# Inputs of one forward pass on a GPU. On a CPU it is one: matrix products of another shape sum in another order, and an answer would depend on
-# what else was asked.
-_GPU_BATCH = 64
-
 
 # --- listing ------------------------------------------------------------------------------------------------------------------------------
-def list_requests(queries: str | Sequence[str], gallery: str | None, *, direction: str = "auto") -> Requests:
+def list_requests(queries: str | Sequence[str], gallery: str | None, *, direction: str = "auto", turned: bool = False) -> Requests:
     """Searches between a folder of queries (or a list of files) and a folder of gallery files, both recursive.
 
     Images among the queries and meshes in the gallery make ``image_to_mesh``; meshes and images make ``mesh_to_image``; both of both make both.
     A folder with the source system's ``queries_image_to_mesh/``, ``gallery_mesh_for_image/``, ``queries_mesh_to_image/`` and
     ``gallery_image_for_mesh/`` needs no gallery.
+
+    Args:
+        turned: Whether query images are looked at from all sides of their plane: their inputs are of the kind ``turned_image`` then.
 
     Raises:
         ValueError: unknown direction, missing folder, or nothing to search.
@@ -74,16 +71,17 @@ def list_requests(queries: str | Sequence[str], gallery: str | None, *, directio
         among = [file for file in gallery_files if file.kind == gallery_kind]
         if asked and among:
             objects = _view_groups(among) if gallery_kind == "image" else _single(among)
-            searches.append(Search(direction=name, queries=listed.entries(_single(asked)), gallery=listed.entries(objects)))
+            kind = "turned_image" if turned and query_kind == "image" else query_kind
+            searches.append(Search(direction=name, queries=listed.entries(_single(asked), kind), gallery=listed.entries(objects, gallery_kind)))
     if not searches:
         found = [f"{sum(f.kind == kind for f in side)} {plural}" for side in listed.sides for kind, plural in _KINDS.items()]
         raise ValueError(
             f"nothing to search: --queries holds {found[0]} and {found[1]}, --gallery {found[2]} and {found[3]}; "
             f"{' or '.join(wanted)} needs one kind on each side"
         )
-    used = {(item.kind, item.uri) for item in listed.inputs}
+    used = {item.uri for item in listed.inputs}
     seen = {file.uri for side in listed.sides for file in side}
-    return Requests(inputs=tuple(listed.inputs), searches=tuple(searches), num_ignored=len(seen - {uri for _, uri in used}))
+    return Requests(inputs=tuple(listed.inputs), searches=tuple(searches), num_ignored=len(seen - used))
 
 
 _KINDS = {"image": "images", "mesh": "meshes"}
@@ -102,25 +100,25 @@ class _File:
 
 
 class _Listed:
-    """Inputs numbered in the order of their first use; a file used twice is read once."""
+    """Inputs numbered in the order of their first use; a file used twice in the same way is read once."""
 
     def __init__(self) -> None:
         self.inputs: list[Input] = []
         self.sides: tuple[list[_File], list[_File]] = ([], [])
-        self._positions: dict[str, int] = {}
+        self._positions: dict[tuple[str, str], int] = {}
 
     def count(self, queries: list[_File], gallery: list[_File]) -> None:
         self.sides[0].extend(queries)
         self.sides[1].extend(gallery)
 
-    def entries(self, groups: Mapping[str, list[_File]]) -> tuple[Entry, ...]:
-        return tuple(Entry(entry_id=name, inputs=tuple(self._position(file) for file in files)) for name, files in sorted(groups.items()))
+    def entries(self, groups: Mapping[str, list[_File]], kind: str) -> tuple[Entry, ...]:
+        return tuple(Entry(entry_id=name, inputs=tuple(self._position(file, kind) for file in files)) for name, files in sorted(groups.items()))
 
-    def _position(self, file: _File) -> int:
-        if file.uri not in self._positions:
-            self._positions[file.uri] = len(self.inputs)
-            self.inputs.append(Input(kind=file.kind, source=file.name, uri=file.uri))
-        return self._positions[file.uri]
+    def _position(self, file: _File, kind: str) -> int:
+        if (file.uri, kind) not in self._positions:
+            self._positions[file.uri, kind] = len(self.inputs)
+            self.inputs.append(Input(kind=kind, source=file.name, uri=file.uri))
+        return self._positions[file.uri, kind]
 
 
 def _in_layout(queries: str, gallery: str | None) -> dict[str, tuple[list[_File], list[_File]]]:
@@ -194,16 +192,30 @@ def _view_groups(files: list[_File]) -> dict[str, list[_File]]:
 class ReadSettings:
     """What the members need of a file: each distinct value is computed once."""
 
-    num_points: tuple[int, ...]
-    """Sizes of the sampled point clouds: a member's cloud is a prefix of one of them."""
+    num_points: tuple[tuple[int, int], ...]
+    """Pairs (stored, read): a member's cloud is the first ``read`` of ``stored`` sampled points in farthest-point order."""
+    num_views: int = 0
+    """Views rendered of a mesh; 0 = none."""
+    view_size: int = 224
+    """Width and height of a view, in pixels."""
+    num_rolls: int = 1
+    """Positions in which a turned image is looked at."""
+    cache: str = ""
+    """Folder of a `ViewCache`; empty = none."""
+    encoder_digests: tuple[str, ...] = ()
+    """Of the encoders whose views a cache must have, so that nothing need be rendered."""
 
 
 def read_input(item: Input, settings: ReadSettings) -> Columns | Reject:
-    """The arrays of one file: ``points/<n>`` float32 [n, 6] (with normals) of a mesh, ``image`` uint8 [height, width, 3] of an image, and
-    ``thumbnail``."""
+    """The arrays of one file.
+
+    ``thumbnail``; of an image ``image`` uint8 [height, width, 3] and ``num_rolls``; of a mesh ``points/<stored>`` float32 [read, 6] (with normals) and, where
+    views are wanted, ``views`` uint8 [views, size, size, 3] or, from the cache, ``frozen_views/<encoder digest>`` float16 [views, width]; ``sha256`` uint8.
+    ``seconds/<stage>``: what it cost.
+    """
     try:
         data = read_uri(item.uri)
-        return _read_image(data) if item.kind == "image" else _read_mesh(data, item.uri, settings)
+        return _read_mesh(data, item.uri, settings) if item.kind == "mesh" else _read_image(data, settings.num_rolls if item.kind == "turned_image" else 1)
     except BadMesh as error:
         return Reject(reason=error.reason, detail=error.detail)
     except BadImage as error:
@@ -212,19 +224,42 @@ def read_input(item: Input, settings: ReadSettings) -> Columns | Reject:
         return Reject(reason="unreadable", detail=str(error))
 
 
-def _read_image(data: bytes) -> Columns:
+def _read_image(data: bytes, num_rolls: int) -> Columns:
     image = decode_image(data)
-    return {"image": image, "thumbnail": _thumbnail(image)}
+    return {"image": image, "num_rolls": np.array(num_rolls), "thumbnail": _thumbnail(image)}
 
 
 def _read_mesh(data: bytes, uri: str, settings: ReadSettings) -> Columns:
-    from cad_models.common.rendering import Camera, render_views
+    from cad_models.common.rendering import Camera, render_views, ring_cameras
 
+    started = time.perf_counter()
     mesh = load_mesh(data, "." + uri.rpartition(".")[2].lower())
-    sha256 = hashlib.sha256(data).hexdigest()
-    columns = {f"points/{n}": np.concatenate(cad_points(mesh, sha256, n), axis=1) for n in settings.num_points}
+    digest = hashlib.sha256(data)
+    sampled = time.perf_counter()
+    columns: Columns = {"sha256": np.frombuffer(digest.digest(), dtype=np.uint8)}
+    for stored, read in settings.num_points:
+        columns[f"points/{stored}"] = np.concatenate(cad_points(mesh, digest.hexdigest(), stored, num_ordered=read), axis=1)[:read]
+    rendered = time.perf_counter()
+    if settings.num_views:
+        cached = _cached_views(settings, digest.hexdigest())
+        columns |= cached
+        if not cached:
+            columns["views"] = render_views(mesh.vertices, mesh.faces, ring_cameras(settings.num_views), size=settings.view_size)
+    pictured = time.perf_counter()
     picture = render_views(mesh.vertices, mesh.faces, [Camera(azimuth_deg=30.0, elevation_deg=25.0)], size=_THUMBNAIL_SIZE)[0]
-    return columns | {"thumbnail": _thumbnail(picture)}
+    columns["thumbnail"] = _thumbnail(picture)
+    stages = {"parse": sampled - started, "sample points": rendered - sampled, "thumbnails": time.perf_counter() - pictured}
+    stages |= {"render views": pictured - rendered} if settings.num_views else {}
+    return columns | {f"seconds/{stage}": np.array(seconds) for stage, seconds in stages.items()}
+
+
+def _cached_views(settings: ReadSettings, sha256: str) -> Columns:
+    """Every encoder's views of a mesh; empty where the cache lacks any."""
+    if not settings.cache:
+        return {}
+    cache = ViewCache(settings.cache, num_views=settings.num_views, view_size=settings.view_size)
+    found = {f"frozen_views/{digest}": cache.read(sha256, digest) for digest in settings.encoder_digests}
+    return {} if any(views is None for views in found.values()) else found
 
 
 def _thumbnail(image: np.ndarray) -> np.ndarray:
@@ -237,85 +272,6 @@ def _thumbnail(image: np.ndarray) -> np.ndarray:
     stream = io.BytesIO()
     picture.save(stream, format="JPEG", quality=82)
     return np.frombuffer(stream.getvalue(), dtype=np.uint8)
-
-
-# --- members ------------------------------------------------------------------------------------------------------------------------------
-class AlignmentPredictor(Predictor):
-    """Embeds images and meshes with every member; members that share an encoder share its work.
-
-    Raises:
-        ValueError: an encoder is not there, or is not the one that a member was trained with.
-    """
-
-    def __init__(self, members: "Sequence[Member]", *, device: str = "cpu") -> None:
-        from cad_models.common.encoders import build_encoder
-
-        self._members, self._device = list(members), device
-        self._encoders = {}
-        for member in members:
-            name, digest = member.signature["encoder"], member.signature["encoder_digest"]
-            if name not in self._encoders:
-                self._encoders[name] = build_encoder(name, device=device)
-            encoder = self._encoders[name]
-            if encoder.digest != digest:
-                raise ValueError(
-                    f"member {member.digest[:12]} was trained on embeddings of {name} with digest {digest}, the encoder here has digest "
-                    f"{encoder.digest}: use the same weights, or train on embeddings of this encoder"
-                )
-        self.seconds = {"encode images": 0.0, "embed": 0.0}
-
-    @property
-    def settings(self) -> ReadSettings:
-        return ReadSettings(
-            num_points=tuple(sorted({member.signature["num_stored_points"] for member in self._members})),
-        )
-
-    def predict(self, batch: Sequence[Columns]) -> list[list[np.ndarray]]:
-        """Unit embeddings; an input is an image or a mesh by the columns that it has."""
-        size = 1 if self._device == "cpu" else _GPU_BATCH
-        outputs: list[list[np.ndarray]] = [[] for _ in batch]
-        for kind, embed in (("image", self._embed_images), ("mesh", self._embed_meshes)):
-            positions = [i for i, columns in enumerate(batch) if _holds(columns) == kind]
-            for start in range(0, len(positions), size):
-                chosen = positions[start : start + size]
-                for rows in embed([batch[i] for i in chosen]):
-                    for i, row in zip(chosen, rows, strict=True):
-                        outputs[i].append(row)
-        return outputs
-
-    def _embed_images(self, batch: list[Columns]) -> list[np.ndarray]:
-        started = time.perf_counter()
-        # Embeddings are stored as float16: rounding here too gives a query the very vector that evaluation would give it.
-        frozen = {
-            name: encoder.encode([columns["image"] for columns in batch]).astype(np.float16).astype(np.float32)
-            for name, encoder in self._encoders.items()
-        }
-        encoded = time.perf_counter()
-        rows = [self._run(member.learner.embed_images, frozen[member.signature["encoder"]]) for member in self._members]
-        self.seconds["encode images"] += encoded - started
-        self.seconds["embed"] += time.perf_counter() - encoded
-        return rows
-
-    def _embed_meshes(self, batch: list[Columns]) -> list[np.ndarray]:
-        started = time.perf_counter()
-        rows = []
-        for member in self._members:
-            signature = member.signature
-            channels = 6 if "normals" in signature["channels"] else 3
-            points = [columns[f"points/{signature['num_stored_points']}"][: signature["num_points"], :channels] for columns in batch]
-            rows.append(self._run(member.learner.embed_cad, np.ascontiguousarray(np.stack(points))))
-        self.seconds["embed"] += time.perf_counter() - started
-        return rows
-
-    def _run(self, function, array: np.ndarray) -> np.ndarray:
-        import torch
-
-        with torch.inference_mode():
-            return function(torch.from_numpy(array).to(self._device)).float().cpu().numpy()
-
-
-def _holds(columns: Columns) -> str:
-    return "image" if "image" in columns else "mesh"
 
 
 # --- answers ------------------------------------------------------------------------------------------------------------------------------
@@ -353,15 +309,33 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), np.float32(1e-12))
 
 
-def rank(search: Search, outputs: Mapping[int, list[np.ndarray]], *, rule: str, weights: Sequence[float], top_k: int) -> list[Answer]:
+def rank(
+    search: Search,
+    outputs: Mapping[int, list[np.ndarray]],
+    *,
+    rule: str,
+    weights: Sequence[float],
+    top_k: int,
+    fitted: Mapping[str, Any] | None = None,
+    signatures: Sequence[Mapping[str, Any]] = (),
+) -> list[Answer]:
     """The ``top_k`` best gallery objects of every query, by inner product of the combined embeddings; exact, ties by id.
 
-    Queries and objects none of whose files could be read are left out.
+    Where meshes were rendered, or pictures turned: by `cad_models.alignment.view_search`. Queries and objects none of whose files could be read are
+    left out.
+
+    Args:
+        outputs: As `cad_models.alignment.predictor.AlignmentPredictor.predict` gives them.
+        fitted, signatures: As `cad_models.task.Task.rank` has them; read only where meshes were rendered.
     """
     import torch
 
     from cad_models.common.retrieval import top_k as best
 
+    if "image" in search.direction and any(len(found) > len(weights) or found[0].ndim > 1 for found in outputs.values()):
+        from cad_models.alignment.view_search import rank_by_views
+
+        return rank_by_views(search, outputs, rule=rule, weights=weights, top_k=top_k, fitted=fitted, signatures=signatures)
     query_ids, queries = _combined(search.queries, outputs, rule, weights)
     gallery_ids, gallery = _combined(search.gallery, outputs, rule, weights)
     if not query_ids or not gallery_ids:
@@ -379,15 +353,24 @@ def _combined(
 ) -> tuple[list[str], np.ndarray]:
     ids, members = [], [[] for _ in weights]
     for entry in entries:
-        views = [outputs[i] for i in entry.inputs if i in outputs]
+        views = [outputs[i][: len(weights)] for i in entry.inputs if i in outputs]
         if views:
             ids.append(entry.entry_id)
-            for member, rows in zip(members, zip(*views, strict=True), strict=True):
-                # A single view is unit already: normalising it again would only round.
-                member.append(rows[0] if len(rows) == 1 else _unit(np.mean(rows, axis=0, dtype=np.float64)).astype(np.float32))
+            for member, row in zip(members, combined_entry(views), strict=True):
+                member.append(row)
     if not ids:
         return ids, np.zeros((0, 0), dtype=np.float32)
     return ids, combine_embeddings([np.stack(rows) for rows in members], rule=rule, weights=weights)
+
+
+def combined_entry(views: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
+    """Each member's unit embedding, float32 [dim], of an object given by several files: that of its mean.
+
+    Args:
+        views: Of each file each member's unit embedding.
+    """
+    # A single view is unit already: normalising it again would only round.
+    return [rows[0] if len(rows) == 1 else _unit(np.mean(rows, axis=0, dtype=np.float64)).astype(np.float32) for rows in zip(*views, strict=True)]
 
 
 SUBMISSION_COLUMNS = ("id", "image_to_mesh_image", "image_to_mesh_mesh", "mesh_to_image_mesh", "mesh_to_image_image")

@@ -171,17 +171,18 @@ def _images_digest(item: RawItem) -> str:
     return digest.hexdigest()
 
 
-def cad_points(mesh: Mesh, sha256: str, num_points: int) -> tuple[np.ndarray, np.ndarray]:
+def cad_points(mesh: Mesh, sha256: str, num_points: int, *, num_ordered: int = NUM_ORDERED_POINTS) -> tuple[np.ndarray, np.ndarray]:
     """Surface points and normals as the model gets them, in training and in ``infer.py`` alike.
 
     Args:
         sha256: Of the mesh's source: seeds the sampling, so that the same file gives the same points under any name.
+        num_ordered: For who reads only so many: the first of them are the same for any number, fewer cost less. At most ``NUM_ORDERED_POINTS`` count.
 
     Returns:
-        ``(points, normals)``, float32 [num_points, 3]: centred, within the unit sphere, the first ``NUM_ORDERED_POINTS`` in farthest-point order.
+        ``(points, normals)``, float32 [num_points, 3]: centred, within the unit sphere, the first ``num_ordered`` in farthest-point order.
     """
     points, normals = sample_surface(normalized(mesh), num_points, seed_of(sha256, 0))
-    order = fps_order(points, min(NUM_ORDERED_POINTS, num_points))
+    order = fps_order(points, min(num_ordered, NUM_ORDERED_POINTS, num_points))
     return np.ascontiguousarray(points[order]), np.ascontiguousarray(normals[order])
 
 
@@ -331,23 +332,26 @@ def examples(tables: dict[str, pa.Table], recipe: AlignmentRecipe) -> Columns:
 
 
 def collate(columns: Columns, recipe: AlignmentRecipe, *, rngs: Sequence[np.random.Generator] | None) -> "dict[str, torch.Tensor]":
-    """Arrays of a batch -> tensors ``points``, ``group``, ``views`` and ``view_mask`` (training) or ``query_views``, ``query_mask`` and ``label``."""
+    """Arrays of a batch -> tensors ``points``, ``group``, ``views``, ``view_mask``; in evaluation also ``query_views``, ``query_mask`` and ``label``."""
     import torch
 
-    name = "query_views" if rngs is None else "views"
-    points, views, count = columns["points"], columns[name].astype(np.float32), columns[f"num_{name}"]
+    points, views, count = columns["points"], columns["views"].astype(np.float32), columns["num_views"]
     if rngs is not None:
         points = np.stack([_augmented(cloud, recipe.data.augment, rng) for cloud, rng in zip(points, rngs, strict=True)])
         if 0 < recipe.data.views_per_step < views.shape[1]:
             views, count = _draw_views(views, count, recipe.data.views_per_step, rngs)
-    labels = {"label": torch.from_numpy(np.array(columns["label"]))} if rngs is None else {}
-    return {
-        **labels,
+    batch = {
         "points": torch.from_numpy(np.array(points, dtype=np.float32)),
         "group": torch.from_numpy(np.array(columns["group"])),
-        name: torch.from_numpy(views),
-        "query_mask" if rngs is None else "view_mask": torch.from_numpy(np.arange(views.shape[1])[None, :] < count[:, None]),
+        "views": torch.from_numpy(views),
+        "view_mask": torch.from_numpy(np.arange(views.shape[1])[None, :] < count[:, None]),
     }
+    if rngs is None:
+        queries = columns["query_views"].astype(np.float32)
+        given = np.arange(queries.shape[1])[None, :] < columns["num_query_views"][:, None]
+        batch |= {"query_views": torch.from_numpy(queries), "query_mask": torch.from_numpy(given)}
+        batch["label"] = torch.from_numpy(np.array(columns["label"]))
+    return batch
 
 
 def _draw_views(views: np.ndarray, count: np.ndarray, wanted: int, rngs: Sequence[np.random.Generator]) -> tuple[np.ndarray, np.ndarray]:

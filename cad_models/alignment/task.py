@@ -1,11 +1,14 @@
 """The task *alignment*: image <-> 3D CAD retrieval. Imports no torch until a learner is asked for."""
 
+import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
+from cad_models.alignment.options import AlignmentOptions
 from cad_models.alignment.recipe import RECIPE, SMOKE, AlignmentRecipe
 from cad_models.config import Recipe, replace_all
 from cad_models.task import (
@@ -103,6 +106,7 @@ class AlignmentTask(Task):
     }
     search_space = staticmethod(search_space)
     combine_rules = ("concatenate", "mean")
+    infer_options = AlignmentOptions
     signature_notes = ("dataset_digest", "class_names")
     runs = RUNS
     embed_columns = (
@@ -194,7 +198,12 @@ class AlignmentTask(Task):
     def details(self, predictions: Predictions, *, class_names: Sequence[str] = ()) -> dict[str, float]:
         from cad_models.alignment.metrics import retrieval_details
 
-        return retrieval_details(predictions, class_names)
+        details = retrieval_details(predictions, class_names)
+        if "view" in predictions:
+            from cad_models.alignment.fusion import fused_details
+
+            details |= fused_details(predictions)
+        return details
 
     def references(
         self, columns: Columns, recipe: AlignmentRecipe, reference: Columns | None = None
@@ -209,6 +218,15 @@ class AlignmentTask(Task):
     def baseline_recipes(self, recipe: AlignmentRecipe) -> dict[str, Recipe]:
         return {"linear head": replace_all(recipe, {"model.num_experts": 1, "model.top_k": 0})}
 
+    def fit_rule(self, members: Sequence[Predictions], *, rule: str) -> dict[str, Any]:
+        """Weights of the fused score, which is asked for where a gallery is rendered."""
+        from cad_models.alignment.fusion import FIT_OBJECTS, fit_weights
+
+        if "view" not in members[0]:
+            return {}
+        weights = fit_weights(self.combine([{name: column[:FIT_OBJECTS] for name, column in m.items()} for m in members], rule=rule))
+        return {} if weights is None else {"fusion": asdict(weights)}
+
     def combine(
         self,
         members: Sequence[Predictions],
@@ -219,23 +237,28 @@ class AlignmentTask(Task):
     ) -> Predictions:
         """See `cad_models.alignment.answers.combine_embeddings`."""
         from cad_models.alignment.answers import combine_embeddings
+        from cad_models.alignment.fusion import combined_views, fusion_column
 
         first = members[0]
-        rule = rule or self.combine_rules[0]
-        combined = {name: combine_embeddings([m[name] for m in members], rule=rule, weights=weights) for name in ("cad", "query")}
-        return {**combined, **{name: first[name] for name in ("num_queries", "group", "label") if name in first}}
+        combine = functools.partial(combine_embeddings, rule=rule or self.combine_rules[0], weights=weights)
+        combined = {name: combine([m[name] for m in members]) for name in ("cad", "query")}
+        combined |= {name: first[name] for name in ("num_queries", "group", "label") if name in first}
+        if "view" in first:
+            combined |= combined_views(combine, members, weights)
+        return combined | fusion_column(fitted, len(first["group"]))
 
     def list_requests(
         self, queries: str | Sequence[str], gallery: str | None, *, direction: str = "auto", options: InferOptions | None = None
     ) -> Requests:
         from cad_models.alignment.answers import list_requests
 
-        return list_requests(queries, gallery, direction=direction)
+        turned = isinstance(options, AlignmentOptions) and options.query_rolls > 1
+        return list_requests(queries, gallery, direction=direction, turned=turned)
 
     def predictor(self, members: "Sequence[Member]", *, device: str = "cpu", options: InferOptions | None = None) -> Predictor:
-        from cad_models.alignment.answers import AlignmentPredictor
+        from cad_models.alignment.predictor import AlignmentPredictor
 
-        return AlignmentPredictor(members, device=device)
+        return AlignmentPredictor(members, device=device, options=options or AlignmentOptions())
 
     def read_input(self, item: Input, settings: Any) -> Columns | Reject:
         from cad_models.alignment.answers import read_input
@@ -255,7 +278,7 @@ class AlignmentTask(Task):
     ) -> list[Answer]:
         from cad_models.alignment.answers import rank
 
-        return rank(search, outputs, rule=rule, weights=weights, top_k=top_k)
+        return rank(search, outputs, rule=rule, weights=weights, top_k=top_k, fitted=fitted, signatures=signatures)
 
     def submission(self, answers: Sequence[Answer], *, options: InferOptions | None = None) -> list[list[str]]:
         from cad_models.alignment.answers import submission

@@ -131,22 +131,50 @@ def _farthest_points(points, index, starts, lows, highs, first, order):
         distances[newest] = np.float32(-1.0)
 
 
-def _blocks(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A k-d tree's leaves: permutation [n] of the points, and where each leaf starts in it, with n at the end."""
+@njit(cache=True)
+@no_type_check  # type checkers would wrap what numba must compile
+def _blocks(points, leaf):
+    """A k-d tree's leaves of at most ``leaf`` points: permutation [n] of the points, and where each leaf starts in it, with n at the end."""
     permutation = np.arange(len(points))
-    starts = []
+    starts = [len(points)]
     stack = [(0, len(points))]
-    while stack:
+    while len(stack) > 0:
         start, end = stack.pop()
-        if end - start <= _LEAF:
+        if end - start <= leaf:
             starts.append(start)
             continue
-        part = permutation[start:end]
-        axis = int(np.ptp(points[part], axis=0).argmax())
-        half = (end - start) // 2
-        permutation[start:end] = part[np.argpartition(points[part, axis], half)]
-        stack.extend(((start + half, end), (start, start + half)))
-    return permutation, np.array([*starts, len(points)])
+        axis, widest = 0, np.float32(-1.0)
+        for column in range(3):
+            low = high = points[permutation[start], column]
+            for i in range(start + 1, end):
+                value = points[permutation[i], column]
+                low, high = min(low, value), max(high, value)
+            if high - low > widest:
+                axis, widest = column, high - low
+        half = start + (end - start) // 2
+        # Quickselect (C. A. R. Hoare, 1961): afterwards nothing before `half` lies beyond what stands there, nothing behind it before.
+        left, right = start, end - 1
+        while left < right:
+            pivot = points[permutation[(left + right) // 2], axis]
+            i, j = left, right
+            while i <= j:
+                while points[permutation[i], axis] < pivot:
+                    i += 1
+                while points[permutation[j], axis] > pivot:
+                    j -= 1
+                if i <= j:
+                    permutation[i], permutation[j] = permutation[j], permutation[i]
+                    i += 1
+                    j -= 1
+            if half <= j:
+                right = j
+            elif half >= i:
+                left = i
+            else:
+                break
+        stack.append((half, end))
+        stack.append((start, half))
+    return permutation, np.sort(np.array(starts))
 
 
 def fps_order(points: Float32[np.ndarray, "n 3"], num_ordered: int | None = None) -> Int32[np.ndarray, " n"]:
@@ -174,7 +202,7 @@ def fps_order(points: Float32[np.ndarray, "n 3"], num_ordered: int | None = None
         raise ValueError("points are not all finite")
     centred = points - points.mean(axis=0, dtype=np.float64).astype(np.float32)
     first = int(np.einsum("ni,ni->n", centred, centred).argmax())
-    permutation, starts = _blocks(points)
+    permutation, starts = _blocks(points, _LEAF)
     rows = points[permutation]
     lows, highs = np.minimum.reduceat(rows, starts[:-1]), np.maximum.reduceat(rows, starts[:-1])
     order = np.empty(num_ordered, np.int32)

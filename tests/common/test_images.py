@@ -16,6 +16,7 @@ from cad_models.common.images import (
     foreground_mask,
     prepare_image,
     square_crop,
+    turned_squares,
 )
 from tests.shared import shared_path
 
@@ -381,6 +382,28 @@ def test_prepare_image_without_a_backdrop_shows_the_whole_picture():
     prepared = prepare_image(image, size=100)
     top, bottom, left, right = box_of((prepared < 250).any(axis=-1))
     assert abs(top - 5) <= 1 and abs(bottom - 95) <= 1 and abs(left - 20) <= 1 and abs(right - 80) <= 1
+
+
+def test_turned_squares_begin_with_the_picture_as_it_is():
+    image = page(paper=(230, 235, 240))
+    squares = turned_squares(image, 5, size=48)
+    assert len(squares) == 5 and all(square.shape == (48, 48, 3) for square in squares)
+    assert np.array_equal(squares[0], prepare_image(image, size=48))
+    assert [len(turned_squares(image, 1, size=48))] == [1]
+
+
+def test_turned_squares_go_counter_clockwise_on_white_and_fill_the_frame():
+    image = page(paper=(200, 180, 90))
+    image[30:50, 40:52] = (200, 30, 30)  # a red left end
+    squares = [square.astype(int) for square in turned_squares(image, 4, size=48)]
+    for turns, square in enumerate(squares):
+        assert np.abs(np.rot90(squares[0], turns) - square).mean() < 6
+        top, bottom, left, right = box_of(square.min(axis=2) < 128)
+        assert max(bottom - top, right - left) == pytest.approx(43, abs=1)  # 90 % of the frame
+        assert (square[0] == 255).all() and (square[:, 0] == 255).all()
+    # The backdrop of the photograph is nowhere left in a position between.
+    slanted = turned_squares(image, 8, size=96)[1].astype(int)
+    assert (np.abs(slanted - np.array([200, 180, 90])).max(axis=2) > 20).all()
 
 
 def test_crop_refuses_what_it_cannot_crop():

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from cad_models.alignment.data import cad_points
+from cad_models.alignment.options import AlignmentOptions
 from cad_models.common.cameras import query_cameras, ring_cameras
 from cad_models.common.encoders import build_encoder
 from cad_models.common.images import decode_image, encode_png
@@ -152,6 +153,15 @@ def test_mlflow_model_without_pickle_gives_infers_answers(place, mlflow_model, w
     model = mlflow.pyfunc.load_model(str(mlflow_model))
     frame = model.predict(pd.DataFrame({"query": queries, "gallery": str(place / "g")}), params={"top_k": 2})
     assert list(frame.itertuples(index=False, name=None)) == wanted
+    # The task's options reach it too.
+    options = AlignmentOptions(gallery_views=2)
+    with InputProcessor(load_ensemble(place / "single"), options=options) as processor:
+        requests = TASK.list_requests(queries, str(place / "g"), options=options)
+        rendered = [(a.query, a.rank, a.answer, a.score, a.direction) for a in answer(load_ensemble(place / "single"), requests, processor, top_k=2)[0]]
+    frame = model.predict(pd.DataFrame({"query": queries, "gallery": str(place / "g")}), params={"top_k": 2, "options": '{"gallery_views": 2}'})
+    assert list(frame.itertuples(index=False, name=None)) == rendered != wanted
+    with pytest.raises(Exception, match="no field 'gallery_view'; did you mean gallery_views"):
+        model.predict(pd.DataFrame({"query": queries, "gallery": str(place / "g")}), params={"options": '{"gallery_view": 2}'})
 
 
 @pytest.mark.slow

@@ -1,0 +1,340 @@
+"""Three scores of a picture and a mesh, and what they are worth together.
+
+======== ===========================================================================================================
+point    cosine of the picture's embedding and the point cloud's: needs no rendering
+view     cosine of the picture and the mesh's best rendered view, both through the trained head
+frozen   the same of the frozen encoder's embeddings: matching rendered views, the rival without learning
+======== ===========================================================================================================
+
+The fused score is their weighted mean. Weights are the coefficients of a conditional logit (D. McFadden, "Conditional logit analysis of qualitative
+choice behavior", 1974) on validation queries: which of the gallery's objects is the right one, given its three scores.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Float32
+
+from cad_models.alignment.metrics import KS, one_per_object
+from cad_models.common.bootstrap import ratio_intervals
+from cad_models.task import Predictions
+
+# Bound on the numbers of one block, vectors or scores: 32 MB in float64.
+_BLOCK_ELEMENTS = 1 << 22
+# Objects and galleries that weights are fitted on: three numbers need no more.
+FIT_OBJECTS = 256
+_FIT_GALLERIES = 3
+# Objects that figures are told of, and multiplications that all their galleries together may take: a minute of one core.
+_TOLD_OBJECTS = 4_096
+_TOLD_WORK = 1e12
+# Objects whose views are combined at a time.
+_COMBINED_OBJECTS = 256
+# Standard deviation of the Gaussian prior of a coefficient, in units of 1 / standard deviation of its score: keeps few objects from deciding alone.
+_PRIOR_STD = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusionWeights:
+    """Weights of the three scores, in units of a cosine; only their proportions count."""
+
+    point: float
+    view: float
+    frozen: float
+
+    def __post_init__(self) -> None:
+        if not all(0 <= value < float("inf") for value in self.as_tuple()) or not sum(self.as_tuple()) > 0:
+            raise ValueError(f"the weights of the fused scores are {self.as_tuple()}: they must be finite, not negative, and not all 0")
+
+    def as_tuple(self) -> tuple[float, float, float]:
+        """As ``(point, view, frozen)``."""
+        return self.point, self.view, self.frozen
+
+    @property
+    def normalised(self) -> "FusionWeights":
+        """The same, with the sum 1: a fused score is then a mean of cosines."""
+        total = sum(self.as_tuple())
+        return FusionWeights(point=self.point / total, view=self.view / total, frozen=self.frozen / total)
+
+
+DEFAULT_WEIGHTS = FusionWeights(point=0.2, view=0.3, frozen=0.5)
+"""Where nothing was fitted."""
+
+POINT_ONLY = FusionWeights(point=1.0, view=0.0, frozen=0.0)
+"""The learned score alone."""
+
+
+def weights_in(fitted: Mapping[str, Any] | None) -> FusionWeights:
+    """The weights that `Task.fit_rule` found, else the default ones."""
+    found = (fitted or {}).get("fusion")
+    return DEFAULT_WEIGHTS if found is None else FusionWeights(**{field.name: float(found[field.name]) for field in fields(FusionWeights)})
+
+
+# --- scores -------------------------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class PictureVectors:
+    """Pictures as one member or an ensemble sees them, one row each."""
+
+    head: np.ndarray
+    """float [pictures, dim], through the trained head; unit."""
+    frozen: np.ndarray
+    """float [pictures, width], of any length; [pictures, 0] where no views are compared."""
+
+    def rows(self, chosen: Any) -> "PictureVectors":
+        """Some of them."""
+        return PictureVectors(head=self.head[chosen], frozen=self.frozen[chosen])
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshVectors:
+    """Meshes as one member or an ensemble sees them, one row each. Views are kept as float16: 2,000 meshes of 24 views and 1,024 numbers take 98 MB."""
+
+    point: np.ndarray
+    """float [meshes, dim]; unit."""
+    view: np.ndarray
+    """float [meshes, views, dim], rendered views through the head, of any length; no views where none are compared. A mesh with fewer views than
+    others repeats one of its own."""
+    frozen: np.ndarray
+    """float [meshes, views, width], the same views by the frozen encoder."""
+
+
+def score_components(
+    pictures: PictureVectors, meshes: MeshVectors, weights: FusionWeights | None = None
+) -> Float32[np.ndarray, "3 pictures meshes"]:
+    """The three scores of every picture and mesh.
+
+    Inner products are summed in float64 and rounded to float32, so that equal vectors have equal scores however the work is cut.
+
+    Args:
+        weights: Scores of weight 0 are not computed, and are 0; None = compute all.
+    """
+    wanted = (True, True, True) if weights is None else [share > 0 for share in weights.as_tuple()]
+    found = np.zeros((3, len(pictures.head), len(meshes.point)), dtype=np.float32)
+    if wanted[0]:
+        found[0] = pictures.head.astype(np.float64) @ meshes.point.astype(np.float64).T
+    for k, images, views in ((1, pictures.head, meshes.view), (2, pictures.frozen, meshes.frozen)):
+        if wanted[k]:
+            _best_views(_unit(images), views, found[k])
+    return found
+
+
+def _best_views(images: np.ndarray, views: np.ndarray, into: np.ndarray) -> None:
+    """Each image's cosine with the best view of each mesh, block by block."""
+    num_meshes, num_views, width = views.shape
+    step = max(1, _BLOCK_ELEMENTS // max(1, num_views * width))
+    for start in range(0, num_meshes, step):
+        block = _unit(views[start : start + step]).reshape(-1, width)
+        height = max(1, _BLOCK_ELEMENTS // len(block))
+        for top in range(0, len(images), height):
+            scores = (images[top : top + height] @ block.T).astype(np.float32)
+            into[top : top + height, start : start + step] = scores.reshape(len(scores), -1, num_views).max(axis=2)
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    vectors = vectors.astype(np.float64)
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+
+
+def fuse(components: Float[np.ndarray, "3 rows columns"], weights: FusionWeights) -> Float32[np.ndarray, "rows columns"]:
+    """The weighted mean of the three scores: summed in float64, rounded to float32."""
+    shares = weights.normalised.as_tuple()
+    return sum(share * scores.astype(np.float64) for share, scores in zip(shares, components, strict=True)).astype(np.float32)
+
+
+def best_columns(scores: Float32[np.ndarray, "rows columns"], k: int) -> list[np.ndarray]:
+    """For each row the indices of its ``k`` best columns, best first; ties go to the lower index."""
+    k = min(k, scores.shape[1])
+    chosen = []
+    for row in scores:
+        least = np.partition(row, len(row) - k)[len(row) - k]
+        candidates = np.flatnonzero(row >= least)
+        chosen.append(candidates[np.argsort(-row[candidates], kind="stable")][:k])
+    return chosen
+
+
+# --- a split's predictions ----------------------------------------------------------------------------------------------------------------
+COLUMNS = ("view", "num_views", "frozen_view", "frozen_query")
+"""What a split's predictions need beside those of every evaluation."""
+
+
+def combined_views(combine: Any, members: Sequence[Predictions], weights: Sequence[float] | None) -> Predictions:
+    """The members' `COLUMNS` -> one.
+
+    Args:
+        combine: Function of some members' vectors that applies the ensemble's rule and weights to unit vectors.
+        weights: One a member; None = equal.
+    """
+    from cad_models.alignment.answers import combine_embeddings
+
+    def by_blocks(columns: Sequence[np.ndarray], function: Any) -> np.ndarray:
+        """``function`` of some objects at a time: in float32 the views of many take gigabytes."""
+        starts = range(0, max(1, len(columns[0])), _COMBINED_OBJECTS)
+        return np.concatenate([function([column[s : s + _COMBINED_OBJECTS] for column in columns]).astype(np.float16) for s in starts])
+
+    def frozen(columns: list[np.ndarray]) -> np.ndarray:
+        return combine_embeddings([_unit(column).astype(np.float32) for column in columns], weights=weights)
+
+    found = {"view": by_blocks([m["view"] for m in members], combine), "num_views": members[0]["num_views"]}
+    for name in ("frozen_view", "frozen_query"):
+        columns = [m[name] for m in members]
+        one_encoder = all(np.array_equal(columns[0], column) for column in columns[1:])
+        found[name] = columns[0] if one_encoder else by_blocks(columns, frozen)
+    return found
+
+
+def fusion_column(fitted: Mapping[str, Any] | None, num_objects: int) -> Predictions:
+    """``fusion`` float64 [objects, 3], fitted weights in every row; empty where nothing was fitted."""
+    return {"fusion": np.tile(weights_in(fitted).as_tuple(), (num_objects, 1))} if "fusion" in (fitted or {}) else {}
+
+
+def meshes_of(predictions: Predictions) -> MeshVectors:
+    """A split's meshes. Objects with fewer views than others repeat their first."""
+    missing = np.arange(predictions["view"].shape[1])[None, :] >= predictions["num_views"][:, None]
+    filled = [np.where(missing[:, :, None], predictions[name][:, :1], predictions[name]) for name in ("view", "frozen_view")]
+    return MeshVectors(point=predictions["cad"], view=filled[0], frozen=filled[1])
+
+
+def pictures_of(predictions: Predictions) -> tuple[PictureVectors, np.ndarray]:
+    """A split's query pictures, and the object of each, int64 [pictures], ordered by object."""
+    given = np.arange(predictions["query"].shape[1])[None, :] < predictions["num_queries"][:, None]
+    return PictureVectors(head=predictions["query"][given], frozen=predictions["frozen_query"][given]), np.nonzero(given)[0]
+
+
+def _galleries(predictions: Predictions) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Triples (rows of pictures, owner of each, components [3, rows, meshes]): the first picture of each object, the second of each, and so on."""
+    meshes = meshes_of(predictions)
+    pictures, owner = pictures_of(predictions)
+    for rows in one_per_object(owner):
+        yield rows, owner[rows], score_components(pictures.rows(rows), meshes)
+
+
+def fit_weights(predictions: Predictions) -> FusionWeights | None:
+    """Weights under which the right object is most likely, among all objects of a split for its pictures and among all pictures for its objects.
+
+    The sum over the queries of the logarithm of the right answers' share in the softmax of the weighted scores is maximised over weights that are
+    not negative, with a weak Gaussian prior. Up to 256 objects and three pictures of each are used.
+
+    Args:
+        predictions: Of the validation split: ``cad``, ``query``, ``num_queries``, ``group`` as for `cad_models.alignment.metrics.retrieval_metrics`, and
+            `COLUMNS`.
+
+    Returns:
+        Weights with the sum 1; None where none of the three scores tells anything (or there is nothing to choose from).
+    """
+    from scipy.optimize import minimize
+
+    few = {name: column[:FIT_OBJECTS] for name, column in predictions.items()}
+    group = few["group"]
+    choices: list[tuple[np.ndarray, np.ndarray]] = []
+    for _, (_, owner, components) in zip(range(_FIT_GALLERIES), _galleries(few), strict=False):
+        relevant = group[owner][:, None] == group[None, :]
+        choices.append((components.astype(np.float64), relevant))
+        asked = relevant.any(axis=0)  # a mesh without a picture asks nothing
+        choices.append((components.transpose(0, 2, 1)[:, asked].astype(np.float64), relevant.T[asked]))
+    if not choices or all(relevant.all() for _, relevant in choices):
+        return None
+    spread = np.array([np.mean([components[k].std() for components, _ in choices]) for k in range(3)])
+    if not (spread > 0).any():
+        return None
+    scale = np.where(spread > 0, 1 / np.maximum(spread, 1e-12), 0.0)
+    prior = 1 / (_PRIOR_STD**2 * len(group))
+
+    def loss(u: np.ndarray) -> tuple[float, np.ndarray]:
+        value, slope = prior * float(u @ u) / 2, prior * u
+        for components, relevant in choices:
+            found, gradient = _negative_log_share(components, relevant, u * scale)
+            value += found / len(choices)
+            slope = slope + gradient * scale / len(choices)
+        return value, slope
+
+    best = minimize(loss, np.ones(3), jac=True, method="L-BFGS-B", bounds=[(0, None)] * 3).x * scale
+    if not best.sum() > 0:
+        return None
+    best = best / best.sum()
+    # Rounded: the last digits depend on the machine, and the weights are part of what identifies an ensemble.
+    return FusionWeights(**{field.name: round(float(value), 6) for field, value in zip(fields(FusionWeights), best, strict=True)})
+
+
+def _negative_log_share(
+    components: Float[np.ndarray, "3 queries choices"], relevant: Bool[np.ndarray, "queries choices"], weights: Float[np.ndarray, " 3"]
+) -> tuple[float, np.ndarray]:
+    """Mean over the queries of -log of the relevant choices' share in the softmax, and its gradient [3]."""
+    logits = np.tensordot(weights, components, axes=1)
+    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+    right = np.where(relevant, odds, 0.0)
+    totals, rights = odds.sum(axis=1, keepdims=True), np.maximum(right.sum(axis=1, keepdims=True), 1e-300)
+    gradient = np.einsum("kqc,qc->k", components, odds / totals - right / rights) / len(relevant)
+    return float(np.mean(np.log(totals) - np.log(rights))), gradient
+
+
+def fused_details(predictions: Predictions) -> dict[str, float]:
+    """Recall of the fused score, of its parts, and how far it is ahead of two of them, with 95 % intervals; one picture a query.
+
+    ``fused/<direction>/recall@k`` (k of `KS`), ``fused/recall@k`` (the mean of both directions), ``best_view/<direction>/recall@k`` (the views through
+    the head alone); ``fused_gain/over_view_matching/<direction>/recall@3`` and ``fused_gain/over_learned/...``: differences, paired: all figures are
+    resampled together (1,000 resamples of whole objects, seeded). ``fused/weight/<score>``: the weights. ``fused/num_objects``: of a large split the first
+    4,096 objects are measured, as a gallery of their own, and as many pictures of each as a minute or so allows, at least one.
+
+    Args:
+        predictions: As for :func:`fit_weights`; ``fusion`` float64 [n, 3], the weights in every row, where they were fitted.
+    """
+    weights = DEFAULT_WEIGHTS
+    if "fusion" in predictions:
+        weights = FusionWeights(**dict(zip(("point", "view", "frozen"), predictions["fusion"][0].tolist(), strict=True)))
+    parts = {
+        "fused": weights,
+        "best_view": FusionWeights(point=0.0, view=1.0, frozen=0.0),
+        "learned": POINT_ONLY,
+        "view_matching": FusionWeights(point=0.0, view=0.0, frozen=1.0),
+    }
+    predictions = {name: column[:_TOLD_OBJECTS] for name, column in predictions.items()}
+    group = predictions["group"]
+    num_objects = len(group)
+    work = float(num_objects) * predictions["view"].shape[1] * num_objects * (predictions["view"].shape[2] + predictions["frozen_view"].shape[2])
+    hits = {name: np.zeros((2, num_objects, len(KS))) for name in parts}
+    counts = np.zeros((2, num_objects))
+    seen: set[int] = set()
+    for _, (rows, owner, components) in zip(range(max(1, int(_TOLD_WORK / work))), _galleries(predictions), strict=False):
+        relevant = group[owner][:, None] == group[None, :]
+        fresh = np.array([row not in seen for row in rows.tolist()])
+        seen.update(rows.tolist())
+        asked = np.flatnonzero(relevant.any(axis=0))
+        np.add.at(counts[0], owner[fresh], 1)
+        counts[1, asked] += 1
+        for name, chosen in parts.items():
+            scores = fuse(components, chosen)
+            found = _within(scores[fresh], relevant[fresh])
+            np.add.at(hits[name][0], owner[fresh], found)
+            hits[name][1, asked] += _within(scores.T[asked], relevant.T[asked])
+    told = {"fused/num_objects": float(num_objects)}
+    return _told(hits, counts) | told | {f"fused/weight/{name}": value for name, value in asdict(weights.normalised).items()}
+
+
+def _within(scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
+    """Whether each row's best relevant column is among its first k, for each k of `KS`: float64 [rows, KS]. Ties count against it."""
+    best = np.where(relevant, scores, -np.inf).max(axis=1, keepdims=True)
+    ranks = 1 + ((scores >= best) & ~relevant).sum(axis=1)
+    return (ranks[:, None] <= np.array(KS)).astype(np.float64)
+
+
+def _told(hits: dict[str, np.ndarray], counts: np.ndarray) -> dict[str, float]:
+    figures: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    # Both directions as one ratio: each direction's hits are scaled to the same denominator.
+    share = counts / counts.sum(axis=1, keepdims=True)
+
+    def add(name: str, of: np.ndarray, k: int) -> None:
+        for direction, one in (("image_to_mesh/", 0), ("mesh_to_image/", 1)):
+            figures[name.format(direction)] = of[one, :, k], counts[one]
+        figures[name.format("")] = (of[:, :, k] / counts.sum(axis=1)[:, None]).sum(axis=0) / 2, share.sum(axis=0) / 2
+
+    for name in ("fused", "best_view"):
+        for i, k in enumerate(KS):
+            add(f"{name}/{{}}recall@{k}", hits[name], i)
+    for name in ("view_matching", "learned"):
+        add(f"fused_gain/over_{name}/{{}}recall@3", hits["fused"] - hits[name], KS.index(3))
+    low, high = ratio_intervals(np.stack([of for of, _ in figures.values()], axis=1), np.stack([among for _, among in figures.values()], axis=1))
+    told = {}
+    for (name, (of, among)), least, most in zip(figures.items(), low.tolist(), high.tolist(), strict=True):
+        told |= {name: float(of.sum() / among.sum()), f"{name}_low": least, f"{name}_high": most}
+    return told

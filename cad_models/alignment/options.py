@@ -1,0 +1,25 @@
+"""Flags of ``infer.py`` for this room. Imports nothing heavy, so that ``--help`` is quick."""
+
+from dataclasses import dataclass
+
+from cad_models.config import check
+from cad_models.task import InferOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentOptions(InferOptions):
+    """What ``infer.py`` may be asked of a search between pictures and meshes."""
+
+    gallery_views: int = 0
+    """Render every mesh from so many cameras and compare pictures with these views too, through the trained head and as the frozen encoder sees them; the
+    three scores are fused. 24 is what the weights were fitted with; 0 = the learned score alone, without rendering."""
+    query_rolls: int = 1
+    """Turn each query picture in its plane in so many equal steps, and let the best count; 1 = as it is."""
+    cache: str = ""
+    """Folder (path or URI) that keeps the rendered views' embeddings, so that a mesh is rendered once for any number of questions; empty = none."""
+
+    def __post_init__(self) -> None:
+        check(0 <= self.gallery_views <= 1_000, "options.gallery_views", self.gallery_views, "from 0 (no rendering) to 1000")
+        check(1 <= self.query_rolls <= 360, "options.query_rolls", self.query_rolls, "from 1 (as it is) to 360")
+        if self.cache and not self.gallery_views:
+            raise ValueError(f"--options.cache {self.cache} keeps rendered views, and there are none: add --options.gallery-views 24, or leave it out")
