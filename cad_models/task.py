@@ -215,7 +215,8 @@ class Predictor(ABC):
 
     @abstractmethod
     def predict(self, batch: Sequence[Columns]) -> list[list[np.ndarray]]:
-        """For each input each member's output, float32 [width]. On a CPU an input's outputs depend on that input alone, bit for bit."""
+        """For each input each member's output, float32 [width], then whatever else `Task.rank` reads of it. On a CPU an input's outputs depend on that
+        input alone, bit for bit."""
 
 
 class Task(ABC):
@@ -417,6 +418,7 @@ class Task(ABC):
         top_k: int,
         fitted: Mapping[str, Any] | None = None,
         signatures: Sequence[Mapping[str, Any]] = (),
+        options: InferOptions | None = None,
     ) -> list[Answer]:
         """The best answers of every query, by query and rank.
 
@@ -426,6 +428,7 @@ class Task(ABC):
             weights: One a member.
             fitted: As in :meth:`combine`.
             signatures: One a member: class names and whatever else :meth:`signature` holds.
+            options: As in :meth:`list_requests`.
         """
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""Images and meshes as a user gives them -> embeddings of every member -> ranked answers, in both directions.
+"""Images and meshes as a user gives them -> embeddings of every member -> ranked answers, between images and meshes (mesh -> mesh: similar_meshes.py).
 
 A gallery image stands for the object that it shows: ``bolt_0.png`` and ``bolt_1.png`` are two views of ``bolt``. An object given by several views is
 the mean of their unit embeddings, normalised again, as in evaluation.
@@ -8,7 +8,7 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from cad_models.checkpoint import Member
 
 DIRECTIONS = ("image_to_mesh", "mesh_to_image")
+MESH_TO_MESH = "mesh_to_mesh"
+MEASURED_MESH = "measured mesh"
+"""Kind of a mesh whose measures in file units are wanted beside its points."""
 
 # The source system's test layout: folder of the queries, folder of the gallery.
 _LAYOUT = {
@@ -39,21 +42,25 @@ _GPU_BATCH = 64
 
 
 # --- listing ------------------------------------------------------------------------------------------------------------------------------
-def list_requests(queries: str | Sequence[str], gallery: str | None, *, direction: str = "auto") -> Requests:
+def list_requests(queries: str | Sequence[str], gallery: str | None, *, direction: str = "auto", measured: bool = False) -> Requests:
     """Searches between a folder of queries (or a list of files) and a folder of gallery files, both recursive.
 
-    Images among the queries and meshes in the gallery make ``image_to_mesh``; meshes and images make ``mesh_to_image``; both of both make both.
+    Images among the queries and meshes in the gallery make ``image_to_mesh``; meshes and images make ``mesh_to_image``; both of both make both. Meshes
+    on both sides and no image on either make ``mesh_to_mesh``, which otherwise needs to be asked for.
     A folder with the source system's ``queries_image_to_mesh/``, ``gallery_mesh_for_image/``, ``queries_mesh_to_image/`` and
     ``gallery_image_for_mesh/`` needs no gallery.
+
+    Args:
+        measured: Whether ``mesh_to_mesh`` needs the meshes' measures in file units.
 
     Raises:
         ValueError: unknown direction, missing folder, or nothing to search.
     """
-    if direction not in ("auto", *DIRECTIONS):
-        raise ValueError(f"--direction {direction!r} is none of auto, {', '.join(DIRECTIONS)}")
+    if direction not in ("auto", *DIRECTIONS, MESH_TO_MESH):
+        raise ValueError(f"--direction {direction!r} is none of auto, {', '.join(DIRECTIONS)}, {MESH_TO_MESH}")
     wanted = DIRECTIONS if direction == "auto" else (direction,)
     listed = _Listed()
-    layout = _in_layout(queries, gallery) if isinstance(queries, str) else {}
+    layout = _in_layout(queries, gallery) if isinstance(queries, str) and direction != MESH_TO_MESH else {}
     if layout:
         sides = {name: layout[name] for name in wanted if name in layout}
         for query_files, gallery_files in sides.values():
@@ -66,12 +73,16 @@ def list_requests(queries: str | Sequence[str], gallery: str | None, *, directio
         query_files = _files(queries, "--queries") if isinstance(queries, str) else _named(queries)
         gallery_files = _files(gallery, "--gallery")
         listed.count(query_files, gallery_files)
+        if direction == "auto" and not any(file.kind == "image" for file in (*query_files, *gallery_files)):
+            wanted = (MESH_TO_MESH,)
         sides = {name: (query_files, gallery_files) for name in wanted}
     searches = []
     for name, (query_files, gallery_files) in sides.items():
         query_kind, gallery_kind = name.split("_to_")
         asked = [file for file in query_files if file.kind == query_kind]
         among = [file for file in gallery_files if file.kind == gallery_kind]
+        if name == MESH_TO_MESH and measured:
+            asked, among = ([replace(file, kind=MEASURED_MESH) for file in side] for side in (asked, among))
         if asked and among:
             objects = _view_groups(among) if gallery_kind == "image" else _single(among)
             searches.append(Search(direction=name, queries=listed.entries(_single(asked)), gallery=listed.entries(objects)))
@@ -79,11 +90,10 @@ def list_requests(queries: str | Sequence[str], gallery: str | None, *, directio
         found = [f"{sum(f.kind == kind for f in side)} {plural}" for side in listed.sides for kind, plural in _KINDS.items()]
         raise ValueError(
             f"nothing to search: --queries holds {found[0]} and {found[1]}, --gallery {found[2]} and {found[3]}; "
-            f"{' or '.join(wanted)} needs one kind on each side"
+            f"{' or '.join(wanted)} needs {'meshes' if wanted == (MESH_TO_MESH,) else 'one kind'} on each side"
         )
-    used = {(item.kind, item.uri) for item in listed.inputs}
     seen = {file.uri for side in listed.sides for file in side}
-    return Requests(inputs=tuple(listed.inputs), searches=tuple(searches), num_ignored=len(seen - {uri for _, uri in used}))
+    return Requests(inputs=tuple(listed.inputs), searches=tuple(searches), num_ignored=len(seen - {item.uri for item in listed.inputs}))
 
 
 _KINDS = {"image": "images", "mesh": "meshes"}
@@ -199,11 +209,11 @@ class ReadSettings:
 
 
 def read_input(item: Input, settings: ReadSettings) -> Columns | Reject:
-    """The arrays of one file: ``points/<n>`` float32 [n, 6] (with normals) of a mesh, ``image`` uint8 [height, width, 3] of an image, and
-    ``thumbnail``."""
+    """The arrays of one file: ``points/<n>`` float32 [n, 6] (with normals) of a mesh, with ``measures`` float32 [21] where they are wanted, ``image`` uint8
+    [height, width, 3] of an image, and ``thumbnail``."""
     try:
         data = read_uri(item.uri)
-        return _read_image(data) if item.kind == "image" else _read_mesh(data, item.uri, settings)
+        return _read_image(data) if item.kind == "image" else _read_mesh(data, item, settings)
     except BadMesh as error:
         return Reject(reason=error.reason, detail=error.detail)
     except BadImage as error:
@@ -217,12 +227,16 @@ def _read_image(data: bytes) -> Columns:
     return {"image": image, "thumbnail": _thumbnail(image)}
 
 
-def _read_mesh(data: bytes, uri: str, settings: ReadSettings) -> Columns:
+def _read_mesh(data: bytes, item: Input, settings: ReadSettings) -> Columns:
     from cad_models.common.rendering import Camera, render_views
 
-    mesh = load_mesh(data, "." + uri.rpartition(".")[2].lower())
+    mesh = load_mesh(data, "." + item.uri.rpartition(".")[2].lower())
     sha256 = hashlib.sha256(data).hexdigest()
     columns = {f"points/{n}": np.concatenate(cad_points(mesh, sha256, n), axis=1) for n in settings.num_points}
+    if item.kind == MEASURED_MESH:
+        from cad_models.alignment.descriptors import measures
+
+        columns["measures"] = measures(mesh)
     picture = render_views(mesh.vertices, mesh.faces, [Camera(azimuth_deg=30.0, elevation_deg=25.0)], size=_THUMBNAIL_SIZE)[0]
     return columns | {"thumbnail": _thumbnail(picture)}
 
@@ -271,7 +285,7 @@ class AlignmentPredictor(Predictor):
         )
 
     def predict(self, batch: Sequence[Columns]) -> list[list[np.ndarray]]:
-        """Unit embeddings; an input is an image or a mesh by the columns that it has."""
+        """Unit embeddings; an input is an image or a mesh by the columns that it has. A measured mesh's measures come after the members' embeddings."""
         size = 1 if self._device == "cpu" else _GPU_BATCH
         outputs: list[list[np.ndarray]] = [[] for _ in batch]
         for kind, embed in (("image", self._embed_images), ("mesh", self._embed_meshes)):
@@ -281,6 +295,9 @@ class AlignmentPredictor(Predictor):
                 for rows in embed([batch[i] for i in chosen]):
                     for i, row in zip(chosen, rows, strict=True):
                         outputs[i].append(row)
+        for columns, rows in zip(batch, outputs, strict=True):
+            if "measures" in columns:
+                rows.append(columns["measures"])
         return outputs
 
     def _embed_images(self, batch: list[Columns]) -> list[np.ndarray]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from cad_models.alignment.options import AlignmentOptions
 from cad_models.alignment.recipe import RECIPE, SMOKE, AlignmentRecipe
 from cad_models.config import Recipe, replace_all
 from cad_models.task import (
@@ -103,6 +104,7 @@ class AlignmentTask(Task):
     }
     search_space = staticmethod(search_space)
     combine_rules = ("concatenate", "mean")
+    infer_options = AlignmentOptions
     signature_notes = ("dataset_digest", "class_names")
     runs = RUNS
     embed_columns = (
@@ -230,7 +232,8 @@ class AlignmentTask(Task):
     ) -> Requests:
         from cad_models.alignment.answers import list_requests
 
-        return list_requests(queries, gallery, direction=direction)
+        measured = (options or AlignmentOptions()).scale_aware > 0
+        return list_requests(queries, gallery, direction=direction, measured=measured)
 
     def predictor(self, members: "Sequence[Member]", *, device: str = "cpu", options: InferOptions | None = None) -> Predictor:
         from cad_models.alignment.answers import AlignmentPredictor
@@ -252,12 +255,19 @@ class AlignmentTask(Task):
         top_k: int,
         fitted: Mapping[str, Any] | None = None,
         signatures: Sequence[Mapping[str, Any]] = (),
+        options: InferOptions | None = None,
     ) -> list[Answer]:
-        from cad_models.alignment.answers import rank
+        from cad_models.alignment.answers import MESH_TO_MESH, rank
+        from cad_models.alignment.similar_meshes import rank_meshes
 
+        if search.direction == MESH_TO_MESH:
+            scale_aware = (options or AlignmentOptions()).scale_aware
+            return rank_meshes(search, outputs, rule=rule, weights=weights, top_k=top_k, scale_aware=scale_aware)
         return rank(search, outputs, rule=rule, weights=weights, top_k=top_k)
 
     def submission(self, answers: Sequence[Answer], *, options: InferOptions | None = None) -> list[list[str]]:
-        from cad_models.alignment.answers import submission
+        from cad_models.alignment import answers as between_kinds
+        from cad_models.alignment import similar_meshes
 
-        return submission(answers)
+        to_meshes = any(answer.direction == between_kinds.MESH_TO_MESH for answer in answers)
+        return similar_meshes.submission(answers) if to_meshes else between_kinds.submission(answers)
