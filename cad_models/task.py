@@ -418,6 +418,7 @@ class Task(ABC):
         top_k: int,
         fitted: Mapping[str, Any] | None = None,
         signatures: Sequence[Mapping[str, Any]] = (),
+        options: InferOptions | None = None,
     ) -> list[Answer]:
         """The best answers of every query, by query and rank.
 
@@ -427,6 +428,7 @@ class Task(ABC):
             weights: One a member.
             fitted: As in :meth:`combine`.
             signatures: One a member: class names and whatever else :meth:`signature` holds.
+            options: As in :meth:`list_requests`.
         """
 
     @abstractmethod

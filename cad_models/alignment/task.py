@@ -252,8 +252,8 @@ class AlignmentTask(Task):
     ) -> Requests:
         from cad_models.alignment.answers import list_requests
 
-        turned = isinstance(options, AlignmentOptions) and options.query_rolls > 1
-        return list_requests(queries, gallery, direction=direction, turned=turned)
+        options = options or AlignmentOptions()
+        return list_requests(queries, gallery, direction=direction, turned=options.query_rolls > 1, measured=options.scale_aware > 0)
 
     def predictor(self, members: "Sequence[Member]", *, device: str = "cpu", options: InferOptions | None = None) -> Predictor:
         from cad_models.alignment.predictor import AlignmentPredictor
@@ -275,12 +275,19 @@ class AlignmentTask(Task):
         top_k: int,
         fitted: Mapping[str, Any] | None = None,
         signatures: Sequence[Mapping[str, Any]] = (),
+        options: InferOptions | None = None,
     ) -> list[Answer]:
-        from cad_models.alignment.answers import rank
+        from cad_models.alignment.answers import MESH_TO_MESH, rank
+        from cad_models.alignment.similar_meshes import rank_meshes
 
+        if search.direction == MESH_TO_MESH:
+            scale_aware = (options or AlignmentOptions()).scale_aware
+            return rank_meshes(search, outputs, rule=rule, weights=weights, top_k=top_k, scale_aware=scale_aware)
         return rank(search, outputs, rule=rule, weights=weights, top_k=top_k, fitted=fitted, signatures=signatures)
 
     def submission(self, answers: Sequence[Answer], *, options: InferOptions | None = None) -> list[list[str]]:
-        from cad_models.alignment.answers import submission
+        from cad_models.alignment import answers as between_kinds
+        from cad_models.alignment import similar_meshes
 
-        return submission(answers)
+        to_meshes = any(answer.direction == between_kinds.MESH_TO_MESH for answer in answers)
+        return similar_meshes.submission(answers) if to_meshes else between_kinds.submission(answers)
