@@ -72,7 +72,7 @@ def duplicate_groups(meshes: Sequence[Path]) -> np.ndarray:
             faces.append(-1 - i)
             continue
         signatures.append(geometry_signature(mesh))
-        faces.append(len(mesh.faces) + len(mesh.degenerate_faces))
+        faces.append(len(mesh.faces))  # those with an area, as prepare.py counts: another file may lack the others
     return group_duplicates(signatures, faces)
 
 
