@@ -96,6 +96,9 @@ class HeadConfig:
     """Weight of the router z-loss, mean logsumexp² of the gate's logits (ST-MoE, arXiv:2202.08906: 1e-3)."""
     balance_weight: float = 0.0
     """Weight of the load-balancing loss, 1 for an even load (Switch, arXiv:2101.03961: 1e-2)."""
+    residual: bool = False
+    """A linear path that every row takes, to which the experts add; they start at zero, so that the head starts as a linear layer. With one expert, which
+    is a linear layer, it changes nothing."""
 
     def __post_init__(self) -> None:
         if self.num_experts < 1:
