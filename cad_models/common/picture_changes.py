@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageFilter
+from PIL import Image
 
 from cad_models.common.images import foreground_mask
 
@@ -56,7 +56,7 @@ class PictureChange:
 def turned(image: UInt8[np.ndarray, "height width 3"], angle_deg: float) -> UInt8[np.ndarray, "_ _ 3"]:
     """The picture turned counter-clockwise, whole: as large as it needs to be, its corners filled with the border's median colour."""
     picture = Image.fromarray(image)
-    return np.array(picture.rotate(angle_deg, resample=Image.Resampling.BICUBIC, expand=True, fillcolor=_border_colour(image)))
+    return np.array(picture.rotate(angle_deg, resample=Image.Resampling.BILINEAR, expand=True, fillcolor=_border_colour(image)))
 
 
 def boxed(image: UInt8[np.ndarray, "height width 3"], *, scale: float, right: float, down: float) -> UInt8[np.ndarray, "side side 3"]:
@@ -84,8 +84,15 @@ def boxed(image: UInt8[np.ndarray, "height width 3"], *, scale: float, right: fl
 def _redrawn(image: np.ndarray, how: int) -> np.ndarray:
     if how == 0:
         return image
-    # A minimum spreads what is dark, a maximum what is light.
-    return np.array(Image.fromarray(image).filter(ImageFilter.MinFilter(3) if how == 1 else ImageFilter.MaxFilter(3)))
+    # A minimum spreads what is dark, a maximum what is light; over 3 x 3 pixels, first down, then across. (Pillow's filters sort, 50 times slower.)
+    extreme = np.minimum if how == 1 else np.maximum
+    result = image.copy()
+    extreme(result[1:], image[:-1], out=result[1:])
+    extreme(result[:-1], image[1:], out=result[:-1])
+    down = result.copy()
+    extreme(result[:, 1:], down[:, :-1], out=result[:, 1:])
+    extreme(result[:, :-1], down[:, 1:], out=result[:, :-1])
+    return result
 
 
 def _border_colour(image: np.ndarray) -> tuple[int, int, int]:
