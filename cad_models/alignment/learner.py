@@ -77,6 +77,8 @@ class AlignmentLearner(nn.Module, EmbeddingLearner):
         for projection, part in ((encoder.image_proj, queries[:, :num_image_queries]), (encoder.text_proj, queries[:, num_image_queries:])):
             if projection is not None:
                 projection.bias -= projection(part).mean(dim=(0, 1))
+        if encoder.pairs is not None:
+            encoder.pairs.standardise(self._columns(batch["points"]))
         self.train(was_training)
 
     def forward(self, batch: dict[str, Tensor], turn: str) -> dict[str, Tensor]:
@@ -169,4 +171,6 @@ def _encoder_config(model: AlignmentModel) -> PointEncoderConfig:
     dropped = {"drop_path": model.drop_path, "patch_dropout": model.patch_dropout}
     if model.size.startswith("recon_"):
         return dataclasses.replace(released_config(model.size.removeprefix("recon_")), **dropped)
-    return point_encoder_config(model.size, channels=model.channels, embed_dim=model.embed_dim, **dropped)
+    return point_encoder_config(
+        model.size, channels=model.channels, embed_dim=model.embed_dim, pair_histogram=model.pair_histogram, **dropped
+    )

@@ -1,12 +1,13 @@
 """Recall of image -> mesh and mesh -> image over a whole split, by the number of query images and by their condition."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from cad_models.alignment.data import category_number
+from cad_models.alignment.query_bank import bank_normalised
 from cad_models.alignment.recipe import QUERY_CONDITIONS
 from cad_models.common.bootstrap import ratio_intervals
 from cad_models.common.retrieval import ranks
@@ -134,6 +135,21 @@ def learned_ranks(predictions: Predictions) -> dict[str, Ranks]:
             mesh_to_image=torch.cat([ranks(cad, image[rows], group, group[torch.from_numpy(owner[rows])]) for rows in galleries]).numpy(),
             mesh_owner=np.tile(np.arange(len(cad)), len(galleries)),
         )
+    return found
+
+
+def query_bank_ranks(predictions: Predictions, bank: np.ndarray, *, temperature: float = 0.05) -> dict[str, Ranks]:
+    """As `learned_ranks`, with image -> mesh scores normalised by a bank of queries (`cad_models.alignment.query_bank`).
+
+    Args:
+        bank: float32 [m, dim], unit embeddings of images of the training split.
+    """
+    cad, group = np.asarray(predictions["cad"], dtype=np.float64), np.asarray(predictions["group"])
+    found = learned_ranks(predictions)
+    for infix, (condition, size) in protocols(predictions, "query").items():
+        images, owner = averaged_views(predictions[f"query{condition}"], predictions["num_queries"], size)
+        scores = bank_normalised(images.astype(np.float64) @ cad.T, bank.astype(np.float64) @ cad.T, temperature=temperature)
+        found[infix] = replace(found[infix], image_to_mesh=_ranks_of_scores(scores, group[owner][:, None] == group))
     return found
 
 

@@ -83,15 +83,20 @@ class AlignmentModel:
     """Experts used for each image; 0 = all, weighted by a soft gate."""
     residual_head: bool = added_later(False)
     """Whether the experts start at zero and add to a linear path, so that the head starts as a linear layer."""
+    pair_histogram: bool = added_later(False)
+    """Whether histograms over pairs of points (distances, angles of normals) add to the mesh's embedding; needs --model.channels xyz+normals."""
     drop_path: float = 0.0
     """Largest probability of skipping a residual branch in training; at 0 (and patch_dropout 0) the numbers do not depend on the workers."""
     patch_dropout: float = 0.0
     """Share of the point patches left out in training; evaluation sees all."""
 
     def __post_init__(self) -> None:
+        if self.pair_histogram:
+            check(self.channels == "xyz+normals", "model.channels", self.channels, "xyz+normals with --model.pair-histogram")
         if self.size.startswith("recon_"):
             channels = "xyz" if self.size.endswith("_1k") else "xyz+color"
             check(self.channels == channels, "model.channels", self.channels, f"{channels} for --model.size {self.size}")
+            check(not self.pair_histogram, "model.pair_histogram", self.pair_histogram, f"False for --model.size {self.size}")
             check(self.embed_dim == 1_280, "model.embed_dim", self.embed_dim, f"1280 for --model.size {self.size}")
 
 
@@ -129,6 +134,9 @@ RECIPE = AlignmentRecipe(
     batch_size=32,
     optim=OptimConfig(lr=5e-4, head_lr=2e-3, weight_decay=0.05, grad_clip_norm=10.0, ema_decay=0.99),
     schedule=ScheduleConfig(num_epochs=40, num_warmup_epochs=2.0),
+    data=AlignmentData(query_conditions=True, augmented_views=3, augmented_share=0.5, views_per_step=12),
+    model=AlignmentModel(residual_head=True),
+    loss=AlignmentLoss(image_weight=0.3),
 )
 """Defaults that reproduce the figures in this room's README on two CPU cores."""
 
