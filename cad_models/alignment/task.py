@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from cad_models.alignment.options import AlignmentOptions
-from cad_models.alignment.recipe import RECIPE, SMOKE, AlignmentRecipe
+from cad_models.alignment.recipe import QUERY_CONDITIONS, RECIPE, SMOKE, AlignmentRecipe
 from cad_models.config import Recipe, replace_all
 from cad_models.task import (
     Answer,
@@ -114,6 +114,11 @@ class AlignmentTask(Task):
         EmbedColumn(source=("views", "query_images"), name="query_embeddings", count="num_query_views"),
     )
 
+    def changed_embed_columns(self, recipe: AlignmentRecipe) -> tuple[EmbedColumn, ...]:
+        from cad_models.alignment.data import changed_embed_columns
+
+        return changed_embed_columns(recipe)
+
     def list_raw(self, source: str) -> Listing:
         from cad_models.alignment.data import list_source
 
@@ -159,7 +164,12 @@ class AlignmentTask(Task):
 
     def columns(self, recipe: AlignmentRecipe) -> dict[str, list[str]]:
         points = ["points", "normals"] if "normals" in recipe.model.channels else ["points"]
-        return {"objects": [*points, "label"], "embeddings": ["embeddings", "query_embeddings"]}
+        embeddings = ["embeddings", "query_embeddings"]
+        if recipe.data.query_conditions:
+            embeddings += [f"query_embeddings_{name}" for name in QUERY_CONDITIONS]
+        if recipe.data.augmented_share > 0:
+            embeddings.append("augmented_embeddings")
+        return {"objects": [*points, "label"], "embeddings": embeddings}
 
     def examples(self, tables: dict[str, pa.Table], recipe: AlignmentRecipe) -> Columns:
         from cad_models.alignment.data import examples
@@ -210,10 +220,8 @@ class AlignmentTask(Task):
     ) -> dict[str, dict[str, float]]:
         from cad_models.alignment.metrics import chance_metrics, view_matching_metrics
 
-        matching = view_matching_metrics(
-            columns["views"], columns["num_views"], columns["query_views"], columns["num_query_views"], columns["group"]
-        )
-        return {"chance": chance_metrics(columns["group"]), "match rendered views": matching}
+        conditions = [name for name in QUERY_CONDITIONS if f"query_views_{name}" in columns]
+        return {"chance": chance_metrics(columns["group"], conditions), "match rendered views": view_matching_metrics(columns)}
 
     def baseline_recipes(self, recipe: AlignmentRecipe) -> dict[str, Recipe]:
         return {"linear head": replace_all(recipe, {"model.num_experts": 1, "model.top_k": 0})}
@@ -241,7 +249,8 @@ class AlignmentTask(Task):
 
         first = members[0]
         combine = functools.partial(combine_embeddings, rule=rule or self.combine_rules[0], weights=weights)
-        combined = {name: combine([m[name] for m in members]) for name in ("cad", "query")}
+        embedded = [name for name in first if name == "cad" or name.startswith("query")]
+        combined = {name: combine([m[name] for m in members]) for name in embedded}
         combined |= {name: first[name] for name in ("num_queries", "group", "label") if name in first}
         if "view" in first:
             combined |= combined_views(combine, members, weights)
