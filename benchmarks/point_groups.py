@@ -62,27 +62,38 @@ def naive(points: Tensor) -> Tensor:
     return points[rows[:, None, None], neighbor] - centers.unsqueeze(2)
 
 
-def libraries(points: Tensor) -> Tensor:
-    """fpsample (k-d line buckets, height 5) and pykdtree, cloud by cloud, from the same first point as ours."""
+def libraries(points: Tensor) -> tuple[Tensor, Tensor]:
+    """Centres and groups by fpsample (k-d line buckets, height 5) and pykdtree, cloud by cloud."""
     import fpsample
     from pykdtree.kdtree import KDTree
 
-    result = torch.empty(len(points), NUM_CENTERS, GROUP_SIZE, 3)
-    for target, cloud in zip(result, points.numpy(), strict=True):
-        centered = cloud - cloud.mean(axis=0)
-        first = int(np.einsum("ni,ni->n", centered, centered).argmax())
-        centers = cloud[fpsample.bucket_fps_kdline_sampling(cloud, NUM_CENTERS, h=5, start_idx=first).astype(np.int64)]
-        neighbor = KDTree(cloud).query(centers, k=GROUP_SIZE)[1].astype(np.int64)
-        target.copy_(torch.from_numpy(cloud[neighbor] - centers[:, None]))
-    return result
+    centers = torch.empty(len(points), NUM_CENTERS, 3)
+    groups = torch.empty(len(points), NUM_CENTERS, GROUP_SIZE, 3)
+    for i, cloud in enumerate(points.numpy()):
+        own = cloud[fpsample.bucket_fps_kdline_sampling(cloud, NUM_CENTERS, h=5).astype(np.int64)]
+        neighbor = KDTree(cloud).query(own, k=GROUP_SIZE)[1].astype(np.int64)
+        centers[i], groups[i] = torch.from_numpy(own), torch.from_numpy(cloud[neighbor] - own[:, None])
+    return centers, groups
 
 
-def check_equal(first: Tensor, second: Tensor, *, where: str) -> None:
+def check_equal(found: Tensor, wanted: Tensor, *, where: str) -> None:
     """Raises AssertionError unless each patch holds the same points, up to the choice among equally distant ones and rounding."""
-    a, b = first.norm(dim=-1).sort(dim=-1).values, second.norm(dim=-1).sort(dim=-1).values
+    a, b = found.norm(dim=-1).sort(dim=-1).values, wanted.norm(dim=-1).sort(dim=-1).values
     # Expanded squares cancel: a distance near 0 is off by up to 1e-3 there, and a tie between centres may fall the other way.
     close = ((a - b).abs().amax(dim=-1) < 2e-3).float().mean().item()
     assert close > 0.98, f"{where}: only {100 * close:.1f} % of the patches agree"
+
+
+def check_libraries(points: Tensor) -> None:
+    """Raises AssertionError unless the libraries' centres cover the clouds as ours do (their bucket search starts elsewhere), and their
+    neighbours are ours of the same centres."""
+    centers, groups = libraries(points)
+    own = gather_points(points, farthest_points(points, NUM_CENTERS))
+    for cloud, theirs, mine in zip(points, centers, own, strict=True):
+        radius, expected = (torch.cdist(cloud, c).amin(dim=1).max().item() for c in (theirs, mine))
+        assert radius < 1.1 * expected, f"fpsample leaves a hole of {radius:.4f}, ours of {expected:.4f}"
+    same = gather_points(points, nearest_neighbors(centers, points, GROUP_SIZE)).sub_(centers.unsqueeze(2))
+    check_equal(same, groups, where="pykdtree")
 
 
 def run(settings: Settings) -> list[Comparison]:
@@ -93,8 +104,9 @@ def run(settings: Settings) -> list[Comparison]:
     rest = torch.ones(points.shape[:2], dtype=torch.bool).scatter_(1, order, False)
     ordered = torch.stack([torch.cat([cloud[first], cloud[mask]]) for cloud, first, mask in zip(points, order, rest, strict=True)])
     reference = ours(points)
-    for name, other in (("naive", naive(points)), ("libraries", libraries(points)), ("stored order", ours_stored_order(ordered))):
-        check_equal(reference, other, where=name)
+    check_equal(naive(points), reference, where="naive")
+    check_equal(ours_stored_order(ordered), reference, where="stored order")
+    check_libraries(points)
     sizes = f"{points.shape[1]:,} → {NUM_CENTERS} × {GROUP_SIZE}, batch {len(points)}"
     rivals = {
         "ours": lambda: ours(points),
