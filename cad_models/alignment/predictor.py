@@ -88,7 +88,7 @@ class AlignmentPredictor(Predictor):
         return outputs
 
     def _embed_images(self, batch: list[Columns]) -> list[list[np.ndarray]]:
-        counts = [int(columns["num_rolls"]) for columns in batch]
+        counts = [int(columns.get("num_rolls", 1)) for columns in batch]
         frozen = {}
         for digest, encoder in self._encoders.items():
             started = time.perf_counter()

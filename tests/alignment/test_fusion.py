@@ -224,9 +224,8 @@ def test_fused_figures_equal_a_loop_over_everything(k):
 def test_gains_are_differences_of_the_figures_that_metrics_tell():
     predictions = split(seed=3, objects=15)
     found, learned = fused_details(predictions), retrieval_metrics(predictions)
-    matching = view_matching_metrics(
-        predictions["frozen_view"], predictions["num_views"], predictions["frozen_query"], predictions["num_queries"], predictions["group"]
-    )
+    names = {"views": "frozen_view", "num_views": "num_views", "query_views": "frozen_query", "num_query_views": "num_queries", "group": "group"}
+    matching = view_matching_metrics({column: predictions[name] for column, name in names.items()})
     for direction in ("image_to_mesh/", "mesh_to_image/", ""):
         fused = found[f"fused/{direction}recall@3"]
         assert found[f"fused_gain/over_learned/{direction}recall@3"] == pytest.approx(fused - learned[f"{direction}recall@3"])
