@@ -232,7 +232,8 @@ class AlignmentTask(Task):
 
         if "view" not in members[0]:
             return {}
-        weights = fit_weights(self.combine([{name: column[:FIT_OBJECTS] for name, column in m.items()} for m in members], rule=rule))
+        few = min(FIT_OBJECTS, len(members[0]["view"]))
+        weights = fit_weights(self.combine([{name: column[:few] for name, column in m.items()} for m in members], rule=rule))
         return {} if weights is None else {"fusion": asdict(weights)}
 
     def combine(
