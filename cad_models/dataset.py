@@ -234,7 +234,8 @@ class DatasetFolder:
                 if columns is not None:
                     lacking = [c for c in columns if c not in reader.schema_arrow.names]
                     if lacking:
-                        raise DatasetError(f"{self.folder.path(name)} has no column {', '.join(lacking)}: made by another version? run prepare again")
+                        remedy = "run embed.py again with the same recipe flags" if kind.startswith("embeddings/") else "made by another version? run prepare again"
+                        raise DatasetError(f"{self.folder.path(name)} has no column {', '.join(lacking)}: {remedy}")
                 return reader.read(columns=columns)
         except FileNotFoundError as error:
             raise DatasetError(f"{self.folder.path(name)} is missing: run the job that writes it again (only missing parts are recomputed)") from error

@@ -304,9 +304,9 @@ class InputProcessor:
 
 
 def answer(
-    ensemble: Ensemble, requests: Requests, processor: InputProcessor, *, top_k: int
+    ensemble: Ensemble, requests: Requests, processor: InputProcessor, *, top_k: int, options: InferOptions | None = None
 ) -> tuple[list[Answer], list[tuple[Input, Reject]]]:
-    """The answers to all searches, computed in this process, and the files that could not be read."""
+    """The answers to all searches, computed in this process, and the files that could not be read; ``options`` as the requests and the processor had."""
     outputs: dict[int, list[np.ndarray]] = {}
     rejects = []
     for position, item in enumerate(requests.inputs):
@@ -315,11 +315,13 @@ def answer(
             outputs[position] = processed.outputs
         else:
             rejects.append((item, processed.reject))
-    return ranked(ensemble, requests, outputs, top_k=top_k), rejects
+    return ranked(ensemble, requests, outputs, top_k=top_k, options=options), rejects
 
 
-def ranked(ensemble: Ensemble, requests: Requests, outputs: Mapping[int, list[np.ndarray]], *, top_k: int) -> list[Answer]:
-    """The answers to all searches from the members' outputs."""
+def ranked(
+    ensemble: Ensemble, requests: Requests, outputs: Mapping[int, list[np.ndarray]], *, top_k: int, options: InferOptions | None = None
+) -> list[Answer]:
+    """The answers to all searches from the members' outputs; ``options`` as the requests had."""
     found: list[Answer] = []
     for search in requests.searches:
         found += ensemble.task.rank(
@@ -330,5 +332,6 @@ def ranked(ensemble: Ensemble, requests: Requests, outputs: Mapping[int, list[np
             top_k=top_k,
             fitted=ensemble.fitted,
             signatures=[member.signature for member in ensemble.members],
+            options=options,
         )
     return found

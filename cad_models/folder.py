@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -15,9 +16,19 @@ from typing import Any
 import pyarrow
 import pyarrow.fs
 
+# They have no folders: creating one costs requests, and leaves an empty object behind.
+_OBJECT_STORES = ("s3", "gcs", "abfs")
+# What names a user stands between :// and the last @ before the host ends; a password may itself hold an @.
+_USER_INFO = re.compile(r"([a-zA-Z][\w+.-]*://)[^/?#\s]*@")
+
 
 class DatasetError(ValueError):
     """The dataset folder is not what the job needs; the message names the file and the remedy."""
+
+
+def without_credentials(text: str) -> str:
+    """The text with ``***`` for what stands before the ``@`` of each URI in it: ``postgresql://***@host/db``."""
+    return _USER_INFO.sub(r"\1***@", text)
 
 
 @dataclass(frozen=True)
@@ -27,6 +38,12 @@ class Folder:
     uri: str
 
     def __post_init__(self) -> None:
+        if without_credentials(self.uri) != self.uri:
+            # It would be printed, tracked and stored in manifests.
+            raise DatasetError(
+                f"{without_credentials(self.uri)}: credentials do not belong into a URI; give them in the environment, as AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY"
+            )
         if "://" not in self.uri:
             # Train workers run elsewhere than the driver: only absolute paths mean the same to both.
             object.__setattr__(self, "uri", os.path.abspath(os.path.expanduser(self.uri)))
@@ -94,7 +111,8 @@ class Folder:
         filesystem = self._filesystem[0]
         target = self._inner(name)
         parent, _, base = target.rpartition("/")
-        filesystem.create_dir(parent, recursive=True)
+        if filesystem.type_name not in _OBJECT_STORES:
+            filesystem.create_dir(parent, recursive=True)
         if not self.is_local:
             # Object stores publish an object when its upload completes: already all or nothing.
             with filesystem.open_output_stream(target) as stream:
@@ -113,7 +131,8 @@ class Folder:
 
     def publish(self, name: str, directory: Path) -> None:
         """Make a finished local directory appear as ``name``, replacing what was there. Locally a reader sees the old or the new folder;
-        a kill between the two renames is mended by :meth:`recover`."""
+        a kill between the two renames is mended by :meth:`recover`. On an object store the files follow each other in the order of their
+        names: whoever reads several must be able to tell from the last one that all are there."""
         if not self.is_local:
             for path in sorted(p for p in directory.rglob("*") if p.is_file()):
                 self.write_bytes(f"{name}/{path.relative_to(directory).as_posix()}", path.read_bytes())

@@ -58,7 +58,7 @@ class Learner(ABC):
 
     def predict_more(self, batch: "dict[str, Tensor]") -> "dict[str, Tensor]":
         """What else of a split's objects `Task.details` and `Task.fit_rule` read beside :meth:`predict`: costly or large, therefore asked for once, when a
-        run or a search ends, and not at every evaluation. First axis = object."""
+        run or a search ends, and not at every evaluation. First axis = object; of a large split only the first objects are asked, about a thousand."""
         return {}
 
     @abstractmethod

@@ -125,7 +125,12 @@ class EmbedColumn:
     name: str
     """Column of the embeddings: float16 [images, width]."""
     count: str
-    """Column of the number of images."""
+    """Column of the number of embeddings."""
+    change: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None
+    """What each image (uint8 [height, width, 3]) becomes before it is prepared for the encoder: picklable, and its ``repr`` tells all that it depends
+    on. The generator is seeded by the image's bytes. None = the image as it is."""
+    copies: int = 1
+    """Changed versions of each image: those of the first image, then those of the second, and so on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,7 +295,12 @@ class Task(ABC):
 
     # embed --------------------------------------------------------------------------------------------------------------------------------
     embed_columns: tuple[EmbedColumn, ...] = ()
-    """What ``embed.py`` encodes; empty for a task without frozen embeddings."""
+    """What ``embed.py`` encodes always; empty for a task without frozen embeddings."""
+
+    def changed_embed_columns(self, recipe: Recipe) -> tuple[EmbedColumn, ...]:
+        """What it encodes besides, where the recipe asks for it: changed versions of the images, for augmentation or for harder queries. Only what
+        :meth:`columns` asks of the recipe that trains is read."""
+        return ()
 
     # train --------------------------------------------------------------------------------------------------------------------------------
     @abstractmethod
@@ -418,6 +428,7 @@ class Task(ABC):
         top_k: int,
         fitted: Mapping[str, Any] | None = None,
         signatures: Sequence[Mapping[str, Any]] = (),
+        options: InferOptions | None = None,
     ) -> list[Answer]:
         """The best answers of every query, by query and rank.
 
@@ -427,6 +438,7 @@ class Task(ABC):
             weights: One a member.
             fitted: As in :meth:`combine`.
             signatures: One a member: class names and whatever else :meth:`signature` holds.
+            options: As in :meth:`list_requests`.
         """
 
     @abstractmethod

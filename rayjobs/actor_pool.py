@@ -7,10 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rayjobs.capacity import Capacity, cluster_capacity, room
 from rayjobs.cli import EXIT_STOPPED
 
 # More blocks cost driver time, fewer leave workers idle at the end.
 _MAX_BLOCKS = 2_000
+_MOST_WORKERS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,26 +34,46 @@ def plan_pool(num_units: int, *, num_workers: int, cpus_per_worker: float, use_g
         use_gpu: Whether each worker holds a GPU; None = if there is one.
 
     Raises:
-        ValueError: GPUs are asked for and there are none, or no node that is up has that many CPUs.
+        ValueError: GPUs are asked for and there are and will be none, or no node has or will have that many CPUs.
     """
-    import ray
+    return fit_pool(
+        num_units,
+        cluster_capacity(),
+        num_workers=num_workers,
+        cpus_per_worker=cpus_per_worker,
+        use_gpu=use_gpu,
+        joined=bool(os.environ.get("RAY_ADDRESS")),
+    )
 
-    total = ray.cluster_resources()
-    gpus = int(total.get("GPU", 0))
-    if use_gpu and not gpus:
-        raise ValueError("--scale.use-gpu: the cluster has no GPU; leave it out to work on CPUs")
-    on_gpu = gpus > 0 if use_gpu is None else use_gpu
-    joined = bool(os.environ.get("RAY_ADDRESS"))
+
+def fit_pool(num_units: int, capacity: Capacity, *, num_workers: int, cpus_per_worker: float, use_gpu: bool | None, joined: bool) -> PoolSize:
+    """`plan_pool` for a given cluster.
+
+    Args:
+        joined: Whether the CPUs of its nodes are cores; those of a local Ray are slots.
+    """
+    hint = "" if capacity.groups or not joined else "; if an autoscaler may add nodes, say which in CAD_NODE_GROUPS (see cluster/README.md)"
+    with_gpu = [node for node in capacity.most if node.gpus >= 1]
+    if use_gpu and not with_gpu:
+        raise ValueError(f"--scale.use-gpu True: the cluster has {capacity.describe()}, no GPU; leave it out to work on CPUs{hint}")
+    on_gpu = bool(with_gpu) if use_gpu is None else use_gpu
+    usable = with_gpu if on_gpu else capacity.most
+    gpus_each = 1.0 if on_gpu else 0.0
     # A local Ray counts more slots than cores; a cluster's nodes count their cores.
-    cores = int(total.get("CPU", 1)) if joined else (os.cpu_count() or 1)
-    share = cpus_per_worker or (1.0 if not on_gpu else max(1.0, min(8.0, cores // gpus - 1.0)))
-    largest = max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
-    if share > largest:
-        raise ValueError(f"--scale.cpus-per-worker {share:g}: the largest node has {largest:g} CPUs")
-    now = gpus if on_gpu else max(1, int(cores // share))
-    most = num_workers or (10_000 if joined else now)
+    cores = {node: node.cpus if joined else float(os.cpu_count() or 1) for node in usable}
+    share = cpus_per_worker or (1.0 if not on_gpu else max(1.0, min(8.0, *(cores[node] // node.gpus - 1.0 for node in usable))))
+    if room(usable, share, gpus_each) < 1:
+        largest = max((node.cpus for node in usable), default=0.0)
+        raise ValueError(
+            f"--scale.cpus-per-worker {share:g}: no node {'with a GPU ' if on_gpu else ''}has more than {largest:g} CPUs, the cluster has "
+            f"{capacity.describe()}{hint}"
+        )
+    now = room(capacity.present, share, gpus_each) if joined or on_gpu else int((os.cpu_count() or 1) // share)
+    now = max(1, now)
+    # Where nobody said how far the cluster may grow, Ray Data asks for more and takes what comes.
+    most = num_workers or (max(now, room(usable, share, gpus_each) if capacity.groups else _MOST_WORKERS) if joined else now)
     most = max(1, min(most, num_units))
-    return PoolSize(min_workers=min(now, most), max_workers=most, cpus=share, gpus=1.0 if on_gpu else 0.0)
+    return PoolSize(min_workers=min(now, most), max_workers=most, cpus=share, gpus=gpus_each)
 
 
 def run_units(units: Sequence[dict[str, Any]], worker: type, arguments: tuple, pool: PoolSize, *, longest_unit_s: float) -> Iterator[dict[str, Any]]:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from cad_models.config import Recipe, replace_all
+from cad_models.folder import without_credentials
 from cad_models.task import NamedRun
 from cad_models.tasks import TASKS
 
@@ -71,7 +72,7 @@ def parse_job(job_type: type[Job], argv: Sequence[str] | None = None, **defaults
         default = job_type(task=task_name, recipe=recipe, smoke=smoke, **defaults)
         return tyro.cli(job_type, args=arguments, default=default, description=sys.modules[job_type.__module__].__doc__)
     except ValueError as error:  # a value of the right type out of its range: a config's own check
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {without_credentials(str(error))}", file=sys.stderr)
         raise SystemExit(2) from error
 
 
@@ -150,18 +151,18 @@ def run_job(job_type: type[Job], main: Callable[[Job], int | None], argv: Sequen
     try:
         status = main(job)
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {without_credentials(str(error))}", file=sys.stderr)
         status = 2
-    except (ValueError, FileNotFoundError, PermissionError) as error:
-        if os.environ.get("CAD_TRACEBACK") == "1":
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        status = 1
     except KeyboardInterrupt:
         print("stopped; the same command goes on from what is finished", file=sys.stderr)
         status = 130
     except BrokenPipeError:
         status = _reader_gone()
+    except (ValueError, OSError) as error:  # OSError: files, disks, object stores
+        if os.environ.get("CAD_TRACEBACK") == "1":
+            raise
+        print(f"error: {without_credentials(str(error))}", file=sys.stderr)
+        status = 1
     try:
         sys.stdout.flush()
     except BrokenPipeError:

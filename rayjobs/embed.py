@@ -123,7 +123,8 @@ def main(job: EmbedJob) -> int:
         pool = plan_pool(len(units), num_workers=job.scale.num_workers, cpus_per_worker=job.scale.cpus_per_worker, use_gpu=job.scale.use_gpu)
         file = Path(job.progress_file or f"outputs/logs/embed-{Path(job.dataset.rstrip('/')).name}.jsonl")
         progress = Progress("embed", manifest.num_objects, "objects", file=file)
-        arguments = (dataset.folder.uri, kind, task.embed_columns, _absolute_file(name), pool.gpus > 0, job.scale.threads_per_worker or max(1, int(pool.cpus)))
+        columns = (*task.embed_columns, *task.changed_embed_columns(job.recipe))
+        arguments = (dataset.folder.uri, kind, columns, _absolute_file(name), pool.gpus > 0, job.scale.threads_per_worker or max(1, int(pool.cpus)))
         results: dict[int, dict[str, Any]] = {}
         identity: tuple[str, int] | None = None
         for row in run_units(units, EmbedWorker, arguments, pool, longest_unit_s=3600.0):

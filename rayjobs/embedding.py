@@ -1,5 +1,6 @@
 """What ``embed.py`` computes, without Ray: the frozen embeddings of one part of a dataset. Pure but for the folder."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ class EmbeddedPart:
 def embedding_key(part: dict[str, Any], columns: Sequence[EmbedColumn], encoder: "ImageEncoder") -> str:
     """Digest of all that a part of embeddings is made from: the source files' digests, the columns, the encoder."""
     folders = sorted({column.source[0] for column in columns})
-    named = [[*column.source, column.name, column.count] for column in columns]
+    named = [[*column.source, column.name, column.count] + ([repr(column.change), column.copies] if column.change else []) for column in columns]
     return json_digest([SCHEMA_VERSION, [[f, part[f]] for f in folders], named, encoder.digest, encoder.width, encoder.input_size], length=32)
 
 
@@ -86,14 +87,14 @@ def embed_part(
         for column in columns:
             folder, source = column.source
             cells = tables[folder].column(source)
-            counts = [len(cell) for cell in cells]
-            vectors = _encoded(cells, ids, encoder, threads, dataset.folder.path(f"{folder}/{part_name(index)}"))
+            counts = [len(cell) * column.copies for cell in cells]
+            vectors = _encoded(cells, ids, column, encoder, threads, dataset.folder.path(f"{folder}/{part_name(index)}"))
             start = 0
             for row, count in zip(rows, counts, strict=True):
                 row[column.name], row[column.count] = vectors[start : start + count], count
                 start += count
             num_images += start
-            max_views = max(max_views, *counts, 0)
+            max_views = max(max_views, *(len(cell) for cell in cells), 0)
     fields = [pa.field("object_id", pa.string())]
     for column in columns:
         fields += [tensor_field(column.name, "float16", (-1, encoder.width)), pa.field(column.count, pa.int64())]
@@ -103,18 +104,30 @@ def embed_part(
     return EmbeddedPart(index=index, part=entry, num_images=num_images, reused=False)
 
 
-def _encoded(cells: pa.ChunkedArray, ids: Sequence[str], encoder: "ImageEncoder", threads: ThreadPoolExecutor, where: str) -> np.ndarray:
-    """float16 [images of all cells, width]."""
+def _encoded(
+    cells: pa.ChunkedArray, ids: Sequence[str], column: EmbedColumn, encoder: "ImageEncoder", threads: ThreadPoolExecutor, where: str
+) -> np.ndarray:
+    """float16 [embeddings of all cells, width]."""
     from cad_models.common.images import BadImage, decode_image, prepare_image
 
-    def load(named: tuple[str, int, Any]) -> np.ndarray:
-        object_id, view, image = named
+    def load(named: tuple[str, int, Any, int]) -> np.ndarray:
+        object_id, view, image, copy = named
         try:
-            return prepare_image(decode_image(image.as_py()), size=encoder.input_size)
+            data = image.as_py()
+            picture = decode_image(data)
+            if column.change is not None:
+                # By the image's bytes: the same picture is changed in the same way in any dataset, part and order.
+                picture = column.change(picture, np.random.default_rng([int(hashlib.sha256(data).hexdigest()[:16], 16), copy]))
+            return prepare_image(picture, size=encoder.input_size)
         except BadImage as error:
             raise DatasetError(f"{where}: image {view} of {object_id} cannot be read ({error}): delete the file and run prepare again") from error
 
-    images = ((object_id, view, image) for object_id, cell in zip(ids, cells, strict=True) for view, image in enumerate(cell))
+    images = (
+        (object_id, view, image, copy)
+        for object_id, cell in zip(ids, cells, strict=True)
+        for view, image in enumerate(cell)
+        for copy in range(column.copies)
+    )
     vectors = [np.zeros((0, encoder.width), dtype=np.float16)]
     # One batch ahead: the threads decode the next images while the encoder works on these.
     waiting: list[Any] = []

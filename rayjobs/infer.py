@@ -5,7 +5,7 @@
     python rayjobs/infer.py --task alignment --model moe.safetensors:pc_encoder.safetensors --queries test/       # the source system's layout
 
 Alignment: images among the queries are searched among the gallery's meshes, and meshes among its images (`bolt_0.png`, `bolt_1.png`: two views of
-`bolt`). Where answers are classes there is no gallery.
+`bolt`); `--task-direction mesh_to_mesh` finds the meshes most like a mesh. Where answers are classes there is no gallery.
 Writes the CSV, and beside it a table of ranks and scores (Parquet), a page to look at (HTML), and the files that could not be read.
 """
 
@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -57,8 +57,9 @@ class InferJob:
     """Ranks and scores as Parquet; empty = beside the output."""
     page: str = ""
     """The answers as a page; empty = beside the output."""
-    direction: str = "auto"
-    """Which way to search, as image_to_mesh; auto = every way for which there are files."""
+    direction: Annotated[str, tyro.conf.arg(aliases=["--task-direction"])] = "auto"
+    """Which way to search: image_to_mesh, mesh_to_image or mesh_to_mesh (alignment); auto = every way for which there are files, mesh_to_mesh only where
+    there is no image."""
     combine: str = "auto"
     """How members are combined: a rule of the task (alignment: concatenate = mean of their cosines, mean = mean of their vectors); auto = as
     registered, else the task's first."""
@@ -116,7 +117,7 @@ def main(job: InferJob) -> int:
             else:
                 rejects.append((requests.inputs[position], row.reject))
         clock.lap("all files (wall time)", len(requests.inputs))
-        answers = ranked(ensemble, requests, outputs, top_k=job.top_k)
+        answers = ranked(ensemble, requests, outputs, top_k=job.top_k, options=job.options)
         clock.lap("search", len({(a.direction, a.query) for a in answers}))
         written = _write(job, ensemble, requests, answers, sorted(rejects, key=lambda r: r[0].source), thumbnails)
         clock.lap("write", len(written))

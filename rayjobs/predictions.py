@@ -14,6 +14,8 @@ from cad_models.task import Columns, Predictions, Task
 from rayjobs.streams import ROW_KEY, SplitStream, concatenated
 
 _EVAL_BATCH = 64
+MORE_OBJECTS = 1_024
+"""Objects of a split for which `Learner.predict_more` is asked: what it gives may be large, and memory must not grow with the dataset."""
 
 
 def split_metrics(
@@ -68,7 +70,7 @@ def predict_split(
     depend on the number of workers.
 
     Args:
-        more: With what `Learner.predict_more` adds.
+        more: With what `Learner.predict_more` adds, for the first parts of the split that hold `MORE_OBJECTS` together: these columns may be shorter.
     """
     if stream.num_rows == 0:
         raise ValueError(
@@ -77,22 +79,30 @@ def predict_split(
     was_training = learner.training
     learner.eval()
     pieces: list[Columns] = []
+    costly: list[Columns] = []
+    end = stream.key_after(MORE_OBJECTS) if more else 0
     with torch.inference_mode():
         for columns in stream.parts(rank(), world_size()):
             keys = columns.pop(ROW_KEY)
             for start in range(0, len(keys), _EVAL_BATCH):
                 chunk = {name: column[start : start + _EVAL_BATCH] for name, column in columns.items()}
                 batch = {n: t.to(device) for n, t in task.collate(chunk, recipe, rngs=None).items()}
-                predicted = learner.predict(batch) | (learner.predict_more(batch) if more else {})
-                pieces.append({**{n: _array(t) for n, t in predicted.items()}, ROW_KEY: keys[start : start + _EVAL_BATCH]})
+                numbered = {ROW_KEY: keys[start : start + _EVAL_BATCH]}
+                pieces.append({n: _array(t) for n, t in learner.predict(batch).items()} | numbered)
+                if keys[start] < end and (added := learner.predict_more(batch)):
+                    costly.append({n: _array(t) for n, t in added.items()} | numbered)
     learner.train(was_training)
     if group is not None:
         gathered: list[Any] | None = [None] * world_size() if rank() == 0 else None
         # Pickled by torch.distributed, between the processes of this one run only.
-        dist.gather_object(pieces, gathered, dst=0, group=group)
+        dist.gather_object((pieces, costly), gathered, dst=0, group=group)
         if gathered is None:
             return None
-        pieces = [piece for part in gathered for piece in part]
+        pieces, costly = ([piece for part in gathered for piece in part[kind]] for kind in (0, 1))
+    return _in_order(pieces) | (_in_order(costly) if costly else {})
+
+
+def _in_order(pieces: list[Columns]) -> Predictions:
     whole = concatenated(pieces)
     order = np.argsort(whole.pop(ROW_KEY), kind="stable")
     return {name: column[order] for name, column in whole.items()}

@@ -384,7 +384,7 @@ def _downloaded(name: str, scratch: Path, tracking: Tracking) -> tuple[Path, str
     located = tracking.required(f"find {name}", look)
     if located is None:
         raise TrackingError(
-            f"--model {name}: the registry {tracking.uri} has no such {'alias' if at else 'version'}{_choices(tracking, model)}"
+            f"--model {name}: the registry {tracking.shown_uri} has no such {'alias' if at else 'version'}{_choices(tracking, model)}"
         )
     found, uri = located
     scratch.mkdir(parents=True)

@@ -3,7 +3,10 @@
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from rayjobs.capacity import Capacity, Node, cluster_capacity, room
 
 # Ray's own defaults, for jobs, tests and workers alike, where the user has set nothing. Why each: see the comments.
 _ENVIRONMENT = {
@@ -18,6 +21,11 @@ _ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "MALLOC_ARENA_MAX": "2",  # glibc gives each thread an arena that keeps what was freed in it: workers would grow with the data they have seen
 }
+# On a cluster that this process joins: a node that is still to come takes minutes, and other jobs may hold what is there.
+_JOINED = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "900"}
+# Of the AWS variables those that say where, not who: a runtime environment is shown in dashboards and logs, so credentials do not travel in it.
+# The nodes have their own (cluster/README.md).
+_STORAGE_PLACES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +36,9 @@ class ScaleConfig:
     """Training processes (DDP), or the most processes of prepare and embed. 0 = training: in this process, without Ray; prepare, embed: as many
     as there are cores (or GPUs), more as the cluster grows."""
     cpus_per_worker: float = 0.0
-    """CPUs that each worker holds; 0 = a fitting share of what the cluster has."""
+    """CPUs that each worker holds; 0 = a fitting share of what the cluster has or may grow to."""
     use_gpu: bool | None = None
-    """Whether each worker holds a GPU; unset = if the cluster has one for each."""
+    """Whether each worker holds a GPU; unset = if the cluster has, or may grow to, one for each."""
     threads_per_worker: int = 0
     """Compute threads of a worker; 0 = its share of the CPUs."""
     cache_gb: float = 0.25
@@ -43,8 +51,14 @@ class ScaleConfig:
 
 def set_defaults() -> None:
     """Set the environment that Ray reads at import and start; a user's own values win. Call before the first ``ray`` call."""
-    for name, value in _ENVIRONMENT.items():
+    for name, value in {**_ENVIRONMENT, **(_JOINED if os.environ.get("RAY_ADDRESS") else {})}.items():
         os.environ.setdefault(name, value)
+
+
+def forwarded_environment() -> dict[str, str]:
+    """What a cluster's workers get of this process's environment: settings, no credentials. A local Ray's inherit all of it."""
+    named = (*_ENVIRONMENT, *_STORAGE_PLACES)
+    return {name: value for name, value in os.environ.items() if name in named or name.startswith(("CAD_", "OMP_"))}
 
 
 def connect() -> None:
@@ -59,8 +73,7 @@ def connect() -> None:
         return
     settings = {"log_to_driver": os.environ.get("CAD_WORKER_LOGS") == "1", "logging_level": "warning"}
     # Workers see the cluster's environment, not this shell's: hand them what changes their behaviour.
-    forwarded = {k: v for k, v in os.environ.items() if k in _ENVIRONMENT or k.startswith(("CAD_", "OMP_", "AWS_"))}
-    runtime_env = {"env_vars": forwarded}
+    runtime_env = {"env_vars": forwarded_environment()}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(runtime_env=runtime_env, **settings)
         return
@@ -100,48 +113,114 @@ class WorkerPlan:
 
 
 def concurrent_trainings(scale: ScaleConfig) -> int:
-    """Trainings of this scale that the cluster has room for at once, at least one; needs Ray."""
-    import ray
-
-    total = ray.cluster_resources()
-    # A local Ray counts more slots than cores; a cluster's nodes count their cores.
-    cpus = total.get("CPU", 1.0) - 1.0 if os.environ.get("RAY_ADDRESS") else float(os.cpu_count() or 1)
-    fitting = [int(cpus // (scale.num_workers * (scale.cpus_per_worker or 1.0)))]
-    gpus = int(total.get("GPU", 0))
-    if scale.use_gpu or (scale.use_gpu is None and gpus >= scale.num_workers):
-        fitting.append(gpus // scale.num_workers)
-    return max(1, min(fitting))
+    """Trainings of this scale that the cluster has, or may get, room for at once, at least one; needs Ray."""
+    capacity = cluster_capacity()
+    share, num_workers = scale.cpus_per_worker or 1.0, max(1, scale.num_workers)
+    gpus = sum(int(node.gpus) for node in capacity.most)
+    on_gpu = scale.use_gpu if scale.use_gpu is not None else gpus >= num_workers
+    if os.environ.get("RAY_ADDRESS"):
+        fitting = room(capacity.most, share, 1.0 if on_gpu else 0.0)
+        fitting = min(fitting, int((sum(node.cpus for node in capacity.most) - _DATA_CPUS) // share))
+    else:  # a local Ray counts more slots than cores
+        fitting = min([int((os.cpu_count() or 1) // share), *([gpus] if on_gpu else [])])
+    return max(1, fitting // num_workers)
 
 
 def plan_workers(scale: ScaleConfig, *, concurrent_trainings: int = 1) -> WorkerPlan:
-    """Fit workers into the cluster, keeping one CPU for the driver's and Ray Data's tasks.
+    """Fit workers into the cluster as it is or may grow, keeping one CPU for the driver's and Ray Data's tasks.
 
     Raises:
-        ValueError: the request can never be met by the nodes that are up; says what was asked, what there is and what would fit.
+        ValueError: the request can never be met; says what was asked, what there is and may come, and what would fit.
     """
-    import ray
+    return fit_workers(scale, cluster_capacity(), concurrent_trainings=concurrent_trainings, joined=bool(os.environ.get("RAY_ADDRESS")))
 
-    total = ray.cluster_resources()
-    cpus, gpus = total.get("CPU", 0.0), int(total.get("GPU", 0))
+
+def fit_workers(scale: ScaleConfig, capacity: Capacity, *, concurrent_trainings: int, joined: bool) -> WorkerPlan:
+    """`plan_workers` for a given cluster.
+
+    Args:
+        joined: Whether the CPUs of its nodes are cores; those of a local Ray are slots.
+    """
+    nodes = capacity.most
     num_workers = max(1, scale.num_workers)
     wanted = num_workers * concurrent_trainings
+    asked = f"--scale.num-workers {num_workers}{_times(concurrent_trainings)}"
+    gpus = sum(int(node.gpus) for node in nodes)
     use_gpu = scale.use_gpu if scale.use_gpu is not None else 0 < wanted <= gpus
     if use_gpu and wanted > gpus:
         raise ValueError(
-            f"--scale.num-workers {num_workers}{_times(concurrent_trainings)} with --scale.use-gpu needs {wanted} GPUs, the cluster has {gpus}: "
-            f"ask for at most {gpus // concurrent_trainings} workers or leave --scale.use-gpu out"
+            f"{asked} with --scale.use-gpu True needs {wanted} GPUs, the cluster has {capacity.describe()}: "
+            + _fewer(gpus, num_workers, concurrent_trainings, "leave --scale.use-gpu out")
+            + _growth_hint(capacity, joined)
         )
-    spare = cpus - 1.0
-    share = scale.cpus_per_worker or min(1.0, max(0.01, int(100 * spare / wanted) / 100))
-    if share * wanted > spare:
+    gpus_each = 1.0 if use_gpu else 0.0
+    most = _largest_share(nodes, wanted, gpus_each)
+    share = scale.cpus_per_worker or most
+    if share == 0.0 or room(nodes, share, gpus_each) < wanted or share * wanted > sum(node.cpus for node in nodes) - _DATA_CPUS + _ROUNDING:
+        each = f" at {share:g} CPUs each" if share else ""
+        on = " beside a GPU" if use_gpu else ""
+        largest = max((node.cpus for node in nodes if node.gpus >= gpus_each), default=0.0)
+        if most:
+            remedy = f"use --scale.cpus-per-worker {most:g} (no node has more than {largest:g} CPUs{on}) or fewer workers"
+        else:
+            remedy = _fewer(_most_workers(nodes, gpus_each), num_workers, concurrent_trainings, "add nodes")
         raise ValueError(
-            f"--scale.num-workers {num_workers}{_times(concurrent_trainings)} at {share:g} CPUs each needs {share * wanted:g} CPUs beside one for data, "
-            f"the cluster has {cpus:g}: use --scale.cpus-per-worker {max(0.01, int(100 * spare / wanted) / 100):g} or fewer workers"
+            f"{asked}{each} needs {share * wanted:g} CPUs{on}, and one for data; the cluster has {capacity.describe()}: {remedy}"
+            + _growth_hint(capacity, joined)
         )
+    return WorkerPlan(
+        num_workers=num_workers,
+        cpus_per_worker=share,
+        use_gpu=use_gpu,
+        threads_per_worker=scale.threads_per_worker or _threads(nodes, wanted, num_workers, share, gpus_each, joined),
+    )
+
+
+# For Ray Data and for what starts and watches the trainings: without it they would wait for each other for ever.
+_DATA_CPUS = 1.0
+_ROUNDING = 1e-6
+
+
+def _largest_share(nodes: Sequence[Node], wanted: int, gpus: float) -> float:
+    """The most CPUs, in hundredths up to 1, that each of so many workers can hold; 0 = they do not fit at all."""
+    spare = sum(node.cpus for node in nodes) - _DATA_CPUS
+    for hundredths in range(100, 0, -1):
+        share = hundredths / 100
+        if share * wanted <= spare + _ROUNDING and room(nodes, share, gpus) >= wanted:
+            return share
+    return 0.0
+
+
+def _most_workers(nodes: Sequence[Node], gpus: float) -> int:
+    spare = sum(node.cpus for node in nodes) - _DATA_CPUS
+    return max(0, min(room(nodes, 0.01, gpus), int(spare * 100)))
+
+
+def _fewer(most: int, num_workers: int, concurrent_trainings: int, else_: str) -> str:
+    """What would fit, in the user's flags."""
+    if most >= num_workers:
+        return f"ask for at most {most // num_workers} trainings at once (--search.max-concurrent, --max-concurrent), for fewer workers, or {else_}"
+    if most >= concurrent_trainings:
+        return f"ask for at most {most // concurrent_trainings} workers, or {else_}"
+    return else_
+
+
+def _growth_hint(capacity: Capacity, joined: bool) -> str:
+    if capacity.groups or not joined:
+        return ""
+    return "; if an autoscaler may add nodes, say which in CAD_NODE_GROUPS (see cluster/README.md)"
+
+
+def _threads(nodes: Sequence[Node], wanted: int, num_workers: int, share: float, gpus: float, joined: bool) -> int:
+    """Compute threads of a worker: its part of the cores of a node that holds as many of them as it can."""
     cores = os.cpu_count() or 1
-    threads = scale.threads_per_worker or max(1, cores // wanted if not use_gpu else min(8, cores // max(1, num_workers)))
-    return WorkerPlan(num_workers=num_workers, cpus_per_worker=share, use_gpu=use_gpu, threads_per_worker=threads)
+    if not joined:
+        return max(1, cores // wanted) if not gpus else max(1, min(8, cores // num_workers))
+    # Only the driver's own machine is known to have other than the counted CPUs: what nodes declare is what counts.
+    of_each = [node.cpus / min(wanted, fitting) for node in nodes if (fitting := node.room(share, gpus)) > 0]
+    threads = max(1, int(min(of_each)))
+    return min(8, threads) if gpus else threads
 
 
 def _times(concurrent: int) -> str:
-    return f" x {concurrent} trials at once" if concurrent > 1 else ""
+    return f" x {concurrent} trainings at once" if concurrent > 1 else ""

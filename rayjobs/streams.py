@@ -148,6 +148,11 @@ class SplitStream:
         """Rows of the split."""
         return sum(self.part_rows)
 
+    def key_after(self, num_objects: int) -> int:
+        """The `ROW_KEY` below which the first parts stand that hold ``num_objects`` of the split together (or all that it has)."""
+        held = np.cumsum(self.part_rows)
+        return (int(np.searchsorted(held, num_objects)) + 1) * 2**20
+
     def cached(self, budget_bytes: int) -> "SplitStream":
         """The same split for workers: held in Ray's object store if that takes no more than ``budget_bytes``, else streamed. Needs Ray."""
         parts = [p for p, rows in enumerate(self.part_rows) if rows]

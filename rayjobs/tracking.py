@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from cad_models.folder import without_credentials
 from rayjobs.cli import TrackingConfig
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ class Tracking:
 
     def __init__(self, *, uri: str, experiment: str, registered_model: str, artifacts: str | None = None) -> None:
         self.uri = uri
+        self.shown_uri = without_credentials(uri)
+        """For messages."""
         self.experiment = experiment
         self.registered_model = registered_model
         self._artifacts = artifacts
@@ -120,7 +123,7 @@ class Tracking:
             except _store_errors() as error:
                 if attempt == 3 or not _may_pass(error):
                     raise TrackingError(
-                        f"cannot {what}: the tracking store {self.uri} says {_short(error)}; check MLFLOW_TRACKING_URI, or unset it to use "
+                        f"cannot {what}: the tracking store {self.shown_uri} says {_short(error)}; check MLFLOW_TRACKING_URI, or unset it to use "
                         "the embedded store, and run the same command again"
                     ) from error
                 time.sleep(attempt)
@@ -135,7 +138,7 @@ class Tracking:
                 told, self._told = self._told, True
             if not told:
                 print(
-                    f"tracking: cannot {what} at {self.uri} ({_short(error)}); going on, figures are kept in {METRICS_FILE} files",
+                    f"tracking: cannot {what} at {self.shown_uri} ({_short(error)}); going on, figures are kept in {METRICS_FILE} files",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -264,7 +267,7 @@ def _may_pass(error: Exception) -> bool:
 
 def _short(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
+    return without_credentials(f"{type(error).__name__}: {lines[0][:200] if lines else ''}")
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

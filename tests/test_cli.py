@@ -206,6 +206,17 @@ def test_infer_options_of_the_task_are_flags(labels_only, capsys):
     assert "--options.flips" in refused(capsys, ["--task", "alignment", "--queries", "q", "--options.flips"], job_type("infer"))
 
 
+@pytest.mark.parametrize("flag", ["--direction", "--task-direction"])
+def test_infer_direction_has_two_names(flag):
+    job = parse_job(job_type("infer"), ["--task", "alignment", "--queries", "q", flag, "mesh_to_mesh", "--options.scale-aware", "0"])
+    assert job.direction == "mesh_to_mesh" and job.options.scale_aware == 0
+
+
+@pytest.mark.parametrize("value", ["1.5", "-0.1", "nan"])
+def test_infer_option_out_of_range_ends_with_status_2_naming_the_flag(value, capsys):
+    assert "--options.scale-aware is" in refused(capsys, ["--task", "alignment", "--queries", "q", "--options.scale-aware", value], job_type("infer"))
+
+
 def test_list_runs_and_dry_run_need_no_dataset(capsys):
     for flags, told in ((["--list-runs"], "ensemble_3: three seeds"), (["--run", "moe", "--dry-run"], "--model.num-experts 8")):
         with pytest.raises(SystemExit) as stopped:

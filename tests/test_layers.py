@@ -12,7 +12,7 @@ PACKAGE = REPOSITORY / "cad_models"
 NOT_ROOMS = {"common"}
 ROOMS = sorted(p.name for p in PACKAGE.iterdir() if (p / "__init__.py").exists() and p.name not in NOT_ROOMS)
 # What a room's contracts are made of; the rest of cad_models/*.py knows the rooms.
-SHARED_MODULES = {"config", "task", "dataset", "common"}
+SHARED_MODULES = {"config", "task", "learner", "sources", "dataset", "common"}
 
 
 def imported(path, *, run_time_only: bool = True) -> set[str]:

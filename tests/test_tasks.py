@@ -69,10 +69,14 @@ def _prepare(task: Task) -> Prepared:
     if task.embed_columns:
         encoder = build_encoder("hog")
         fields, values = [], [{} for _ in rows]
-        for column in task.embed_columns:
+        for column in (*task.embed_columns, *task.changed_embed_columns(recipe)):
             fields += [tensor_field(column.name, "float16", (-1, encoder.width)), pa.field(column.count, pa.int64())]
             for value, row in zip(values, rows, strict=True):
-                value[column.name] = np.stack([encoder.encode([decode_image(image)])[0] for image in row.views[column.source[1]]])
+                pictures = [decode_image(image) for image in row.views[column.source[1]]]
+                if column.change is not None:
+                    rngs = [np.random.default_rng(copy) for copy in range(column.copies)]
+                    pictures = [column.change(picture, rng) for picture in pictures for rng in rngs]
+                value[column.name] = encoder.encode(pictures)
                 value[column.count] = len(value[column.name])
         tables["embeddings"] = _table(pa.schema(fields), values, items)
         embeddings = EmbeddingsManifest(encoder="hog", encoder_digest=encoder.digest, width=encoder.width, dataset_digest="d", parts=[])

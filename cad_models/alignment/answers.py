@@ -1,4 +1,4 @@
-"""Images and meshes as a user gives them -> embeddings of every member -> ranked answers, in both directions.
+"""Images and meshes as a user gives them -> embeddings of every member -> ranked answers, between images and meshes (mesh -> mesh: similar_meshes.py).
 
 A gallery image stands for the object that it shows: ``bolt_0.png`` and ``bolt_1.png`` are two views of ``bolt``. An object given by several views is
 the mean of their unit embeddings, normalised again, as in evaluation.
@@ -22,6 +22,9 @@ from cad_models.dataset import Folder
 from cad_models.task import Answer, Columns, Entry, Input, Reject, Requests, Search
 
 DIRECTIONS = ("image_to_mesh", "mesh_to_image")
+MESH_TO_MESH = "mesh_to_mesh"
+MEASURED_MESH = "measured mesh"
+"""Kind of a mesh whose measures in file units are wanted beside its points."""
 
 # The source system's test layout: folder of the queries, folder of the gallery.
 _LAYOUT = {
@@ -33,24 +36,28 @@ _THUMBNAIL_SIZE = 128
 
 
 # --- listing ------------------------------------------------------------------------------------------------------------------------------
-def list_requests(queries: str | Sequence[str], gallery: str | None, *, direction: str = "auto", turned: bool = False) -> Requests:
+def list_requests(
+    queries: str | Sequence[str], gallery: str | None, *, direction: str = "auto", turned: bool = False, measured: bool = False
+) -> Requests:
     """Searches between a folder of queries (or a list of files) and a folder of gallery files, both recursive.
 
-    Images among the queries and meshes in the gallery make ``image_to_mesh``; meshes and images make ``mesh_to_image``; both of both make both.
+    Images among the queries and meshes in the gallery make ``image_to_mesh``; meshes and images make ``mesh_to_image``; both of both make both. Meshes
+    on both sides and no image on either make ``mesh_to_mesh``, which otherwise needs to be asked for.
     A folder with the source system's ``queries_image_to_mesh/``, ``gallery_mesh_for_image/``, ``queries_mesh_to_image/`` and
     ``gallery_image_for_mesh/`` needs no gallery.
 
     Args:
         turned: Whether query images are looked at from all sides of their plane: their inputs are of the kind ``turned_image`` then.
+        measured: Whether ``mesh_to_mesh`` needs the meshes' measures in file units.
 
     Raises:
         ValueError: unknown direction, missing folder, or nothing to search.
     """
-    if direction not in ("auto", *DIRECTIONS):
-        raise ValueError(f"--direction {direction!r} is none of auto, {', '.join(DIRECTIONS)}")
+    if direction not in ("auto", *DIRECTIONS, MESH_TO_MESH):
+        raise ValueError(f"--direction {direction!r} is none of auto, {', '.join(DIRECTIONS)}, {MESH_TO_MESH}")
     wanted = DIRECTIONS if direction == "auto" else (direction,)
     listed = _Listed()
-    layout = _in_layout(queries, gallery) if isinstance(queries, str) else {}
+    layout = _in_layout(queries, gallery) if isinstance(queries, str) and direction != MESH_TO_MESH else {}
     if layout:
         sides = {name: layout[name] for name in wanted if name in layout}
         for query_files, gallery_files in sides.values():
@@ -63,6 +70,8 @@ def list_requests(queries: str | Sequence[str], gallery: str | None, *, directio
         query_files = _files(queries, "--queries") if isinstance(queries, str) else _named(queries)
         gallery_files = _files(gallery, "--gallery")
         listed.count(query_files, gallery_files)
+        if direction == "auto" and not any(file.kind == "image" for file in (*query_files, *gallery_files)):
+            wanted = (MESH_TO_MESH,)
         sides = {name: (query_files, gallery_files) for name in wanted}
     searches = []
     for name, (query_files, gallery_files) in sides.items():
@@ -71,17 +80,19 @@ def list_requests(queries: str | Sequence[str], gallery: str | None, *, directio
         among = [file for file in gallery_files if file.kind == gallery_kind]
         if asked and among:
             objects = _view_groups(among) if gallery_kind == "image" else _single(among)
-            kind = "turned_image" if turned and query_kind == "image" else query_kind
-            searches.append(Search(direction=name, queries=listed.entries(_single(asked), kind), gallery=listed.entries(objects, gallery_kind)))
+            if name == MESH_TO_MESH and measured:
+                query_kind = gallery_kind = MEASURED_MESH
+            elif turned and query_kind == "image":
+                query_kind = "turned_image"
+            searches.append(Search(direction=name, queries=listed.entries(_single(asked), query_kind), gallery=listed.entries(objects, gallery_kind)))
     if not searches:
         found = [f"{sum(f.kind == kind for f in side)} {plural}" for side in listed.sides for kind, plural in _KINDS.items()]
         raise ValueError(
             f"nothing to search: --queries holds {found[0]} and {found[1]}, --gallery {found[2]} and {found[3]}; "
-            f"{' or '.join(wanted)} needs one kind on each side"
+            f"{' or '.join(wanted)} needs {'meshes' if wanted == (MESH_TO_MESH,) else 'one kind'} on each side"
         )
-    used = {item.uri for item in listed.inputs}
     seen = {file.uri for side in listed.sides for file in side}
-    return Requests(inputs=tuple(listed.inputs), searches=tuple(searches), num_ignored=len(seen - used))
+    return Requests(inputs=tuple(listed.inputs), searches=tuple(searches), num_ignored=len(seen - {item.uri for item in listed.inputs}))
 
 
 _KINDS = {"image": "images", "mesh": "meshes"}
@@ -209,13 +220,15 @@ class ReadSettings:
 def read_input(item: Input, settings: ReadSettings) -> Columns | Reject:
     """The arrays of one file.
 
-    ``thumbnail``; of an image ``image`` uint8 [height, width, 3] and ``num_rolls``; of a mesh ``points/<stored>`` float32 [read, 6] (with normals) and, where
-    views are wanted, ``views`` uint8 [views, size, size, 3] or, from the cache, ``frozen_views/<encoder digest>`` float16 [views, width]; ``sha256`` uint8.
-    ``seconds/<stage>``: what it cost.
+    ``thumbnail``; of an image ``image`` uint8 [height, width, 3] and ``num_rolls``; of a mesh ``points/<stored>`` float32 [read, 6] (with normals); of one that
+    is to be measured ``measures`` float32 [21]; of another, where views are wanted, ``views`` uint8 [views, size, size, 3] or, from the cache,
+    ``frozen_views/<encoder digest>`` float16 [views, width]; ``sha256`` uint8. ``seconds/<stage>``: what it cost.
     """
     try:
         data = read_uri(item.uri)
-        return _read_mesh(data, item.uri, settings) if item.kind == "mesh" else _read_image(data, settings.num_rolls if item.kind == "turned_image" else 1)
+        if item.kind in ("mesh", MEASURED_MESH):
+            return _read_mesh(data, item, settings)
+        return _read_image(data, settings.num_rolls if item.kind == "turned_image" else 1)
     except BadMesh as error:
         return Reject(reason=error.reason, detail=error.detail)
     except BadImage as error:
@@ -229,18 +242,22 @@ def _read_image(data: bytes, num_rolls: int) -> Columns:
     return {"image": image, "num_rolls": np.array(num_rolls), "thumbnail": _thumbnail(image)}
 
 
-def _read_mesh(data: bytes, uri: str, settings: ReadSettings) -> Columns:
+def _read_mesh(data: bytes, item: Input, settings: ReadSettings) -> Columns:
     from cad_models.common.rendering import Camera, render_views, ring_cameras
 
     started = time.perf_counter()
-    mesh = load_mesh(data, "." + uri.rpartition(".")[2].lower())
+    mesh = load_mesh(data, "." + item.uri.rpartition(".")[2].lower())
     digest = hashlib.sha256(data)
     sampled = time.perf_counter()
     columns: Columns = {"sha256": np.frombuffer(digest.digest(), dtype=np.uint8)}
     for stored, read in settings.num_points:
         columns[f"points/{stored}"] = np.concatenate(cad_points(mesh, digest.hexdigest(), stored, num_ordered=read), axis=1)[:read]
     rendered = time.perf_counter()
-    if settings.num_views:
+    if item.kind == MEASURED_MESH:
+        from cad_models.alignment.descriptors import measures
+
+        columns["measures"] = measures(mesh)
+    elif settings.num_views:
         cached = _cached_views(settings, digest.hexdigest())
         columns |= cached
         if not cached:

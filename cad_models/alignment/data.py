@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from cad_models.alignment.recipe import AlignmentRecipe, AugmentConfig
+from cad_models.alignment.recipe import QUERY_CONDITIONS, AlignmentRecipe, AugmentConfig
 from cad_models.common.images import BadImage, decode_image, encode_png
 from cad_models.common.meshes import MESH_SUFFIXES, BadMesh, Mesh, geometry_signature, load_mesh, mesh_facts, normalized
 from cad_models.common.near_duplicates import shape_points
+from cad_models.common.picture_changes import PictureChange
 from cad_models.common.points import fps_order, sample_surface, seed_of
 from cad_models.dataset import DatasetError, Folder, tensor_field, to_numpy
 from cad_models.sources import generated_set, source_files
-from cad_models.task import Columns, Inspection, Listing, RawItem, Reject, Row
+from cad_models.task import Columns, EmbedColumn, Inspection, Listing, RawItem, Reject, Row
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,8 @@ _SHAPE_SAMPLES = 2_048
 # Points after this many stand in sampling order: a model never uses more centres than this, and ordering all of them costs 10 x more.
 NUM_ORDERED_POINTS = 1_024
 
+# What a gallery view is changed to for training: all that a user's query may differ in, and the drawing.
+_VIEW_CHANGE = PictureChange(max_roll_deg=180.0, max_box_change=0.3, max_gamma=1.5, change_lines=True)
 
 
 # --- listing ------------------------------------------------------------------------------------------------------------------------------
@@ -290,6 +293,25 @@ def schemas(recipe: AlignmentRecipe) -> dict[str, pa.Schema]:
     return {"objects": objects, "views": views}
 
 
+# --- embedding ----------------------------------------------------------------------------------------------------------------------------
+def changed_embed_columns(recipe: AlignmentRecipe) -> tuple[EmbedColumn, ...]:
+    """Query images in harder conditions, and changed versions of the gallery views, where the recipe wants them."""
+    columns = []
+    if recipe.data.query_conditions:
+        for name, (max_roll_deg, max_box_change) in QUERY_CONDITIONS.items():
+            change = PictureChange(max_roll_deg=max_roll_deg, max_box_change=max_box_change)
+            columns.append(
+                EmbedColumn(source=("views", "query_images"), name=f"query_embeddings_{name}", count=f"num_query_views_{name}", change=change)
+            )
+    if recipe.data.augmented_views:
+        columns.append(
+            EmbedColumn(
+                source=("views", "images"), name="augmented_embeddings", count="num_augmented_views", change=_VIEW_CHANGE, copies=recipe.data.augmented_views
+            )
+        )
+    return tuple(columns)
+
+
 # --- training -----------------------------------------------------------------------------------------------------------------------------
 def category_number(label: str) -> int:
     """A label as int64, the same on every machine; 0 without one."""
@@ -303,7 +325,10 @@ def group_number(group_id: str) -> int:
 
 def examples(tables: dict[str, pa.Table], recipe: AlignmentRecipe) -> Columns:
     """Co-partitioned tables -> ``points`` float32 [n, points, channels], ``views`` float16 [n, most views, width] (zeros where an object has
-    fewer), ``num_views`` int64 [n], the same for ``query_views``, ``group`` and ``label`` int64 [n], ``object_id`` [n]."""
+    fewer), ``num_views`` int64 [n], the same for ``query_views``, ``group`` and ``label`` int64 [n], ``object_id`` [n].
+
+    With ``data.query_conditions`` also ``query_views_<condition>``, as ``query_views``; with ``data.augmented_share`` also ``augmented_views`` float16
+    [n, most views, versions, width]."""
     objects, embeddings = tables["objects"], tables["embeddings"]
     num_points = recipe.model.num_points
     stored = to_numpy(objects, "points")
@@ -321,37 +346,61 @@ def examples(tables: dict[str, pa.Table], recipe: AlignmentRecipe) -> Columns:
         "object_id": np.array(objects.column("object_id").to_pylist(), dtype=object),
     }
     for name, source in (("views", "embeddings"), ("query_views", "query_embeddings")):
-        cells = to_numpy(embeddings, source)
-        width = embeddings.schema.field(source).metadata[b"shape"]
-        padded = np.zeros((len(cells), max((len(c) for c in cells), default=0), json.loads(width)[1]), dtype=np.float16)
-        for row, cell in zip(padded, cells, strict=True):
-            row[: len(cell)] = cell
-        columns[name] = padded
-        columns[f"num_{name}"] = np.array([len(c) for c in cells], dtype=np.int64)
+        columns[name], columns[f"num_{name}"] = _padded(embeddings, source)
+    if recipe.data.query_conditions:
+        for condition in QUERY_CONDITIONS:
+            columns[f"query_views_{condition}"], _ = _padded(embeddings, f"query_embeddings_{condition}")
+    if recipe.data.augmented_share > 0:
+        versions, count = _padded(embeddings, "augmented_embeddings")
+        num_copies = max(1, int(count.sum()) // max(1, int(columns["num_views"].sum())))
+        columns["augmented_views"] = versions.reshape(len(versions), versions.shape[1] // num_copies, num_copies, versions.shape[2])
     return columns
 
 
+def _padded(embeddings: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """A column of embeddings, float16 [n, most, width] with zeros where an object has fewer, and how many each has, int64 [n]."""
+    cells = to_numpy(embeddings, name)
+    width = json.loads(embeddings.schema.field(name).metadata[b"shape"])[1]
+    padded = np.zeros((len(cells), max((len(c) for c in cells), default=0), width), dtype=np.float16)
+    for row, cell in zip(padded, cells, strict=True):
+        row[: len(cell)] = cell
+    return padded, np.array([len(c) for c in cells], dtype=np.int64)
+
+
 def collate(columns: Columns, recipe: AlignmentRecipe, *, rngs: Sequence[np.random.Generator] | None) -> "dict[str, torch.Tensor]":
-    """Arrays of a batch -> tensors ``points``, ``group``, ``views``, ``view_mask``; in evaluation also ``query_views``, ``query_mask`` and ``label``."""
+    """Arrays of a batch -> tensors ``points``, ``group``, ``views``, ``view_mask``; in evaluation also ``query_views`` (in all conditions),
+    ``query_mask`` and ``label``."""
     import torch
 
-    points, views, count = columns["points"], columns["views"].astype(np.float32), columns["num_views"]
+    points, views, count = columns["points"], columns["views"], columns["num_views"]
     if rngs is not None:
         points = np.stack([_augmented(cloud, recipe.data.augment, rng) for cloud, rng in zip(points, rngs, strict=True)])
+        if recipe.data.augmented_share > 0:
+            views = _draw_versions(views, columns["augmented_views"], recipe.data.augmented_share, rngs)
         if 0 < recipe.data.views_per_step < views.shape[1]:
             views, count = _draw_views(views, count, recipe.data.views_per_step, rngs)
     batch = {
         "points": torch.from_numpy(np.array(points, dtype=np.float32)),
         "group": torch.from_numpy(np.array(columns["group"])),
-        "views": torch.from_numpy(views),
+        "views": torch.from_numpy(views.astype(np.float32)),
         "view_mask": torch.from_numpy(np.arange(views.shape[1])[None, :] < count[:, None]),
     }
     if rngs is None:
-        queries = columns["query_views"].astype(np.float32)
-        given = np.arange(queries.shape[1])[None, :] < columns["num_query_views"][:, None]
-        batch |= {"query_views": torch.from_numpy(queries), "query_mask": torch.from_numpy(given)}
+        queries = [name for name in columns if name == "query_views" or name.startswith("query_views_")]
+        batch |= {name: torch.from_numpy(columns[name].astype(np.float32)) for name in queries}
+        batch["query_mask"] = torch.from_numpy(np.arange(columns["query_views"].shape[1])[None, :] < columns["num_query_views"][:, None])
         batch["label"] = torch.from_numpy(np.array(columns["label"]))
     return batch
+
+
+def _draw_versions(views: np.ndarray, versions: np.ndarray, share: float, rngs: Sequence[np.random.Generator]) -> np.ndarray:
+    """The views, each with probability ``share`` replaced by one of its versions [n, views, versions, width]."""
+    drawn = views.copy()
+    every = np.arange(views.shape[1])
+    for row, own, rng in zip(drawn, versions, rngs, strict=True):
+        replaced, which = rng.random(len(every)) < share, rng.integers(own.shape[1], size=len(every))
+        row[replaced] = own[every, which][replaced]
+    return drawn
 
 
 def _draw_views(views: np.ndarray, count: np.ndarray, wanted: int, rngs: Sequence[np.random.Generator]) -> tuple[np.ndarray, np.ndarray]:

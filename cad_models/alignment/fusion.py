@@ -28,8 +28,7 @@ _BLOCK_ELEMENTS = 1 << 22
 # Objects and galleries that weights are fitted on: three numbers need no more.
 FIT_OBJECTS = 256
 _FIT_GALLERIES = 3
-# Objects that figures are told of, and multiplications that all their galleries together may take: a minute of one core.
-_TOLD_OBJECTS = 4_096
+# Multiplications that all galleries together may take of which figures are told: a minute of one core.
 _TOLD_WORK = 1e12
 # Objects whose views are combined at a time.
 _COMBINED_OBJECTS = 256
@@ -279,7 +278,7 @@ def fit_weights(predictions: Predictions) -> FusionWeights | None:
     """
     from scipy.optimize import minimize
 
-    few = {name: column[:FIT_OBJECTS] for name, column in predictions.items()}
+    few = {name: column[: min(FIT_OBJECTS, len(predictions["view"]))] for name, column in predictions.items()}
     group = few["group"]
     choices: list[tuple[np.ndarray, np.ndarray]] = []
     for _, gallery in zip(range(_FIT_GALLERIES), _galleries(few), strict=False):
@@ -330,7 +329,7 @@ def fused_details(predictions: Predictions) -> dict[str, float]:
     ``fused/<direction>/recall@k`` (k of `KS`), ``fused/recall@k`` (the mean of both directions), ``best_view/<direction>/recall@k`` (the views through
     the head alone); ``fused_gain/over_view_matching/<direction>/recall@3`` and ``fused_gain/over_learned/...``: differences, paired: all figures are
     resampled together (1,000 resamples of whole objects, seeded). ``fused/weight/<score>``: the weights. ``fused/num_objects``: of a large split the first
-    4,096 objects are measured, as a gallery of their own, and as many pictures of each as a minute or so allows, at least one.
+    objects are measured (those that have ``view``), as a gallery of their own, and as many pictures of each as a minute or so allows, at least one.
 
     Args:
         predictions: As for :func:`fit_weights`; ``fusion`` float64 [n, 4], the weights in every row, where they were fitted.
@@ -342,7 +341,7 @@ def fused_details(predictions: Predictions) -> dict[str, float]:
         "learned": POINT_ONLY,
         "view_matching": FusionWeights(point=0.0, view=0.0, frozen=1.0),
     }
-    predictions = {name: column[:_TOLD_OBJECTS] for name, column in predictions.items()}
+    predictions = {name: column[: len(predictions["view"])] for name, column in predictions.items()}
     group = predictions["group"]
     num_objects = len(group)
     work = float(num_objects) * predictions["view"].shape[1] * num_objects * (predictions["view"].shape[2] + predictions["frozen_view"].shape[2])

@@ -34,7 +34,13 @@ class AlignmentLearner(nn.Module, EmbeddingLearner):
         model = recipe.model
         self.point_encoder = PointEncoder(_encoder_config(model))
         self.image_head = MixtureOfExperts(
-            HeadConfig(num_experts=model.num_experts, top_k=model.top_k, balance_weight=recipe.loss.balance_weight),
+            HeadConfig(
+                num_experts=model.num_experts,
+                top_k=model.top_k,
+                router_z_weight=recipe.loss.router_z_weight,
+                balance_weight=recipe.loss.balance_weight,
+                residual=model.residual_head,
+            ),
             in_dim=image_width,
             embed_dim=model.embed_dim,
         )
@@ -42,6 +48,7 @@ class AlignmentLearner(nn.Module, EmbeddingLearner):
         self.register_buffer("image_mean", torch.zeros(image_width))
         self.register_buffer("image_std", torch.ones(image_width))
         self.loss = MultiPositiveContrastiveLoss(recipe.loss.temperature, learned=recipe.loss.learned_temperature)
+        self.image_weight = recipe.loss.image_weight
 
     def optimizers(self, recipe: AlignmentRecipe) -> dict[str, torch.optim.Optimizer]:
         """AdamW: head and temperature with ``head_lr``, the point encoder with ``lr``."""
@@ -70,6 +77,8 @@ class AlignmentLearner(nn.Module, EmbeddingLearner):
         for projection, part in ((encoder.image_proj, queries[:, :num_image_queries]), (encoder.text_proj, queries[:, num_image_queries:])):
             if projection is not None:
                 projection.bias -= projection(part).mean(dim=(0, 1))
+        if encoder.pairs is not None:
+            encoder.pairs.standardise(self._columns(batch["points"]))
         self.train(was_training)
 
     def forward(self, batch: dict[str, Tensor], turn: str) -> dict[str, Tensor]:
@@ -91,17 +100,26 @@ class AlignmentLearner(nn.Module, EmbeddingLearner):
         scalars = {f"moe/{name}": value for name, value in telemetry.items()}
         auxiliary = scalars.pop("moe/loss", None)
         loss = contrastive if auxiliary is None else contrastive + auxiliary
+        if self.image_weight > 0:
+            between_images = self.loss.between_images(image.float(), mask, batch["group"])
+            loss = loss + self.image_weight * between_images
+            scalars["image_contrastive"] = between_images.detach()
         return {"loss": loss, "contrastive": contrastive.detach(), "temperature": 1 / self.loss.scale.detach(), **scalars}
 
     def predict(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``cad`` [n, dim], ``query`` [n, views, dim] (zeros where an object has fewer views), ``num_queries``, ``group``, ``label`` [n]."""
+        """``cad`` [n, dim], ``query`` [n, views, dim] (zeros where an object has fewer views), ``num_queries``, ``group``, ``label`` [n]; where the batch
+        has query images in other conditions, ``query_<condition>`` as ``query``."""
         mask = batch["query_mask"]
-        projected = self.embed_images(batch["query_views"][mask])
-        query = projected.new_zeros(*mask.shape, projected.shape[1])
-        query[mask] = projected
+        queries = {}
+        for name in batch:
+            if name.startswith("query_views"):
+                projected = self.embed_images(batch[name][mask])
+                query = projected.new_zeros(*mask.shape, projected.shape[1])
+                query[mask] = projected
+                queries[name.replace("query_views", "query")] = query
         return {
             "cad": self.embed_cad(batch["points"]),
-            "query": query,
+            **queries,
             "num_queries": mask.sum(1),
             "group": batch["group"],
             "label": batch["label"],
@@ -163,4 +181,6 @@ def _encoder_config(model: AlignmentModel) -> PointEncoderConfig:
     dropped = {"drop_path": model.drop_path, "patch_dropout": model.patch_dropout}
     if model.size.startswith("recon_"):
         return dataclasses.replace(released_config(model.size.removeprefix("recon_")), **dropped)
-    return point_encoder_config(model.size, channels=model.channels, embed_dim=model.embed_dim, **dropped)
+    return point_encoder_config(
+        model.size, channels=model.channels, embed_dim=model.embed_dim, pair_histogram=model.pair_histogram, **dropped
+    )

@@ -80,30 +80,21 @@ class MultiPositiveContrastiveLoss(nn.Module):
             return self._forward(cad.to(dtype), image.to(dtype), view_mask, group)
 
     def _forward(self, cad: Tensor, image: Tensor, view_mask: Tensor, group: Tensor) -> Tensor:
-        num_local, num_local_views, dim = image.shape
-        max_objects, max_views = _largest_over_ranks(num_local, num_local_views, cad.device)
-        padding = (0, max_views - num_local_views, 0, max_objects - num_local)
-        mask_all = gather(F.pad(view_mask, padding))  # [W * max_objects, max_views]
-        group_all = gather(F.pad(group, (0, padding[-1])))
-        # The images are what is large: they are copied only where there is something to add or to leave out.
-        image_all = gather_with_gradient((F.pad(image, (0, 0, *padding)) if any(padding) else image).flatten(0, 1))
-        num_images = mask_all.sum()
-        num_objects = mask_all.any(dim=1).sum()
-
         # Views that exist: the columns of the similarity matrix. CAD models need no gathering: each rank has the rows
         # of its own.
-        column = mask_all.flatten().nonzero().squeeze(1)
-        owner = column // max_views
-        first = rank() * max_objects
+        columns, owner, column_group, mask_all, first = _everywhere(image, view_mask, group)
+        num_local = len(image)
+        num_images = mask_all.sum()
+        num_objects = mask_all.any(dim=1).sum()
         scale = self.scale.to(cad.dtype)
         row_lse, column_lse = two_way_logsumexp(
             cad,
-            image_all if len(column) == len(image_all) else image_all[column],
+            columns,
             scale,
             row_owner=torch.arange(first, first + num_local, device=cad.device),
             column_owner=owner,
             row_group=group,
-            column_group=group_all[owner],
+            column_group=column_group,
         )
         if world_size() > 1:
             column_lse = gather_with_gradient(column_lse.unsqueeze(0)).logsumexp(dim=0)
@@ -119,13 +110,70 @@ class MultiPositiveContrastiveLoss(nn.Module):
         # torch.where would let the -inf of an object that has nothing to compare with through to the gradient.
         cad_to_image = (row_lse[has_view] - attracted[has_view]).sum() / num_objects.clamp(min=1)
         image_to_cad = (column_lse[own_column] - own[view_mask]).sum() / num_images.clamp(min=1)
-        loss = world_size() * (cad_to_image + image_to_cad) / 2
-        if world_size() > 1:
-            # The value of the whole batch, with the gradient of this rank's share.
-            mean = loss.detach().clone()
-            dist.all_reduce(mean)
-            loss = loss + (mean / world_size() - loss.detach())
+        return _with_value_of_all(world_size() * (cad_to_image + image_to_cad) / 2)
+
+    def between_images(
+        self,
+        image: Float[Tensor, "objects views dim"],
+        view_mask: Bool[Tensor, "objects views"],
+        group: Int64[Tensor, " objects"],
+    ) -> Float[Tensor, ""]:
+        """A loss among images alone, of the whole batch: ``-log(Σ_w≠v exp s_vw / (Σ_w≠v exp s_vw + Σ_others exp s_v·))``, mean over all images.
+
+        Positives are the object's other views, inside the logarithm: the most alike is enough, as for a search that takes the best view. Others are the
+        images of all objects that are no duplicates. Images without a positive are left out; without any the loss is 0.
+        """
+        dtype = torch.promote_types(image.dtype, torch.float32)
+        with torch.autocast(image.device.type, enabled=False):
+            image, scale = image.to(dtype), self.scale.to(dtype)
+            columns, owner, column_group, mask_all, _ = _everywhere(image, view_mask, group)
+            num_views = mask_all.sum(dim=1)
+            num_images = num_views[num_views > 1].sum()
+            rows, row_object = image[view_mask], view_mask.nonzero()[:, 0]
+            # Rows of an owner that no column has: all of their own group is left out, and what is left are the others.
+            others, _ = two_way_logsumexp(
+                rows,
+                columns,
+                scale,
+                row_owner=torch.full_like(row_object, -1),
+                column_owner=owner,
+                row_group=group[row_object],
+                column_group=column_group,
+            )
+            own = scale * torch.einsum("ovd,owd->ovw", image, image)
+            itself = torch.eye(own.shape[1], dtype=torch.bool, device=own.device)
+            lowest = torch.finfo(own.dtype).min
+            alike = own.masked_fill(itself | ~view_mask.unsqueeze(1), lowest).logsumexp(dim=2)[view_mask]
+            counted = view_mask.sum(dim=1)[row_object] > 1
+            return _with_value_of_all(world_size() * F.softplus(others[counted] - alike[counted]).sum() / num_images.clamp(min=1))
+
+
+def _everywhere(image: Tensor, view_mask: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """The views of all ranks that exist, flat (with gradient), and what is known of them.
+
+    Returns:
+        ``(columns [views, dim], owner [views], group [views], mask [objects, views], first)``: an owner is a row of ``mask``, which holds all ranks'
+        objects, this rank's from row ``first`` on.
+    """
+    num_local, num_local_views, _ = image.shape
+    max_objects, max_views = _largest_over_ranks(num_local, num_local_views, image.device)
+    padding = (0, max_views - num_local_views, 0, max_objects - num_local)
+    mask_all = gather(F.pad(view_mask, padding))  # [W * max_objects, max_views]
+    group_all = gather(F.pad(group, (0, padding[-1])))
+    # The images are what is large: they are copied only where there is something to add or to leave out.
+    image_all = gather_with_gradient((F.pad(image, (0, 0, *padding)) if any(padding) else image).flatten(0, 1))
+    column = mask_all.flatten().nonzero().squeeze(1)
+    owner = column // max_views
+    return image_all if len(column) == len(image_all) else image_all[column], owner, group_all[owner], mask_all, rank() * max_objects
+
+
+def _with_value_of_all(loss: Tensor) -> Tensor:
+    """This rank's share of a loss, scaled by the number of ranks: the value of the whole batch, with the gradient of the share."""
+    if world_size() == 1:
         return loss
+    mean = loss.detach().clone()
+    dist.all_reduce(mean)
+    return loss + (mean / world_size() - loss.detach())
 
 
 def _largest_over_ranks(num_objects: int, num_views: int, device: torch.device) -> tuple[int, int]:

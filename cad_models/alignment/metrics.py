@@ -1,15 +1,17 @@
-"""Recall of image -> mesh and mesh -> image over a whole split, under three protocols for the number of images."""
+"""Recall of image -> mesh and mesh -> image over a whole split, by the number of query images and by their condition."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from cad_models.alignment.data import category_number
+from cad_models.alignment.query_bank import bank_normalised
+from cad_models.alignment.recipe import QUERY_CONDITIONS
 from cad_models.common.bootstrap import ratio_intervals
-from cad_models.common.retrieval import ranks, recall_at
-from cad_models.task import Predictions
+from cad_models.common.retrieval import ranks
+from cad_models.task import Columns, Predictions
 
 KS = (1, 3, 5, 10)
 DIRECTIONS = ("image_to_mesh", "mesh_to_image")
@@ -25,27 +27,24 @@ def retrieval_metrics(predictions: Predictions) -> dict[str, float]:
     """Metrics of one split.
 
     One image a query is the protocol that counts: ``image_to_mesh/recall@3``. ``3_views/`` averages disjoint triples of an object's query views (an
-    object with fewer uses what it has), ``all_views/`` all of them; means of unit vectors are scaled to length 1 again. image -> mesh asks with
+    object with fewer uses what it has), ``all_views/`` all of them; means of unit vectors are scaled to length 1 again. ``roll/``, ``crop/`` and
+    ``roll_crop/``, where there are such predictions, ask with one image that was turned or badly boxed. image -> mesh asks with
     every such image among all meshes. mesh -> image asks with every mesh among galleries that hold one such image of each object: the first of
     each, the second of each, and so on; the figure is the mean over these galleries. Objects of the same group (exact duplicates) count as right
     answers for one another. Ties count against the query.
 
     Args:
-        predictions: ``cad`` float32 [n, dim], ``query`` float32 [n, views, dim], ``num_queries`` int64 [n], ``group`` int64 [n].
+        predictions: ``cad`` float32 [n, dim], ``query`` float32 [n, views, dim], ``num_queries`` int64 [n], ``group`` int64 [n]; optionally
+            ``query_roll`` and so on, as ``query``.
 
     Returns:
         ``image_to_mesh/recall@1`` … ``mesh_to_image/all_views/recall@10`` in [0, 1]; ``<direction>/median_rank`` (from 1); ``recall@1`` …
         ``recall@10``: the mean of both directions, one image.
     """
-    metrics: dict[str, float] = {}
-    for infix, found in _ranks_by_protocol(predictions).items():
-        metrics |= {f"image_to_mesh/{infix}recall@{k}": value for k, value in _recalls(found.image_to_mesh).items()}
-        metrics |= {f"mesh_to_image/{infix}recall@{k}": value for k, value in _recalls(found.mesh_to_image).items()}
-        if not infix:
-            metrics["image_to_mesh/median_rank"] = float(found.image_to_mesh.float().median())
-            metrics["mesh_to_image/median_rank"] = float(found.mesh_to_image.float().median())
-    for k in KS:
-        metrics[f"recall@{k}"] = (metrics[f"image_to_mesh/recall@{k}"] + metrics[f"mesh_to_image/recall@{k}"]) / 2
+    by_protocol = learned_ranks(predictions)
+    metrics = recalls(by_protocol)
+    metrics["image_to_mesh/median_rank"] = float(np.sort(by_protocol[""].image_to_mesh)[(len(by_protocol[""].image_to_mesh) - 1) // 2])
+    metrics["mesh_to_image/median_rank"] = float(np.sort(by_protocol[""].mesh_to_image)[(len(by_protocol[""].mesh_to_image) - 1) // 2])
     return metrics
 
 
@@ -60,22 +59,7 @@ def retrieval_details(predictions: Predictions, class_names: Sequence[str] = ())
         predictions: As for `retrieval_metrics`; with ``label`` int64 [n] (`cad_models.alignment.data.category_number`) also by category.
         class_names: Names of the categories.
     """
-    num_objects = len(predictions["group"])
-    by_protocol = _ranks_by_protocol(predictions)
-    figures: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for infix, found in by_protocol.items():
-        for direction, ranks_of, owner in (
-            ("image_to_mesh", found.image_to_mesh, found.image_owner),
-            ("mesh_to_image", found.mesh_to_image, found.mesh_owner),
-        ):
-            counts = np.bincount(owner, minlength=num_objects).astype(np.float64)
-            for k in KS:
-                hits = np.bincount(owner, weights=(ranks_of <= k).numpy(), minlength=num_objects)
-                figures[f"{direction}/{infix}recall@{k}"] = hits, counts
-    for k in KS:
-        # The mean of both directions as one ratio: each direction's hits are scaled to the same denominator.
-        (hits, counts), (others, other_counts) = (figures[f"{direction}/recall@{k}"] for direction in DIRECTIONS)
-        figures[f"recall@{k}"] = (hits / counts.sum() + others / other_counts.sum()) / 2, (counts / counts.sum() + other_counts / other_counts.sum()) / 2
+    figures = hits_by_object(learned_ranks(predictions), len(predictions["group"]))
     details = _bounds(figures)
     if "label" not in predictions:
         return details
@@ -96,6 +80,26 @@ def retrieval_details(predictions: Predictions, class_names: Sequence[str] = ())
     return details
 
 
+def paired_differences(
+    first: Mapping[str, "Ranks"], second: Mapping[str, "Ranks"], num_objects: int
+) -> dict[str, tuple[float, float, float]]:
+    """Recalls of ``first`` minus those of ``second`` on the same queries, with 95 % bounds: metric -> (difference, low, high).
+
+    Bootstrap over objects as in `retrieval_details`, with the same resamples for both sides and for all metrics, so that what is hard for both cancels.
+
+    Raises:
+        ValueError: the two were not asked the same.
+    """
+    ours, theirs = hits_by_object(first, num_objects), hits_by_object(second, num_objects)
+    if ours.keys() != theirs.keys() or any(not np.array_equal(ours[name][1], theirs[name][1]) for name in ours):
+        raise ValueError("the two sides were asked by different queries: compare what was ranked for the same split and protocols")
+    figures = {name: (hits - theirs[name][0], counts) for name, (hits, counts) in ours.items()}
+    bounds = _bounds(figures)
+    return {
+        name: (float(hits.sum() / counts.sum()), bounds[f"{name}_low"], bounds[f"{name}_high"]) for name, (hits, counts) in figures.items()
+    }
+
+
 def _bounds(figures: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
     if not figures:
         return {}
@@ -107,34 +111,84 @@ def _bounds(figures: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, floa
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Ranks:
-    """Ranks of all queries of a protocol, and whose query each is."""
+class Ranks:
+    """Ranks (from 1) of all queries of a protocol, and the object that each query is of: int64 arrays."""
 
-    image_to_mesh: torch.Tensor
+    image_to_mesh: np.ndarray
     image_owner: np.ndarray
-    mesh_to_image: torch.Tensor
+    mesh_to_image: np.ndarray
     mesh_owner: np.ndarray
 
 
-def _ranks_by_protocol(predictions: Predictions) -> dict[str, _Ranks]:
+def learned_ranks(predictions: Predictions) -> dict[str, Ranks]:
+    """Ranks by the inner product of the embeddings, by infix of the protocol; see `retrieval_metrics`."""
     cad = torch.from_numpy(np.asarray(predictions["cad"], dtype=np.float32))
     group = torch.from_numpy(np.asarray(predictions["group"], dtype=np.int64))
     found = {}
-    for infix, size in PROTOCOLS.items():
-        images, owner = averaged_views(predictions["query"], predictions["num_queries"], size)
+    for infix, (condition, size) in protocols(predictions, "query").items():
+        images, owner = averaged_views(predictions[f"query{condition}"], predictions["num_queries"], size)
         image = torch.from_numpy(images)
         galleries = one_per_object(owner)
-        found[infix] = _Ranks(
-            image_to_mesh=ranks(image, cad, group[torch.from_numpy(owner)], group),
+        found[infix] = Ranks(
+            image_to_mesh=ranks(image, cad, group[torch.from_numpy(owner)], group).numpy(),
             image_owner=owner,
-            mesh_to_image=torch.cat([ranks(cad, image[rows], group, group[torch.from_numpy(owner[rows])]) for rows in galleries]),
+            mesh_to_image=torch.cat([ranks(cad, image[rows], group, group[torch.from_numpy(owner[rows])]) for rows in galleries]).numpy(),
             mesh_owner=np.tile(np.arange(len(cad)), len(galleries)),
         )
     return found
 
 
-def _recalls(found: torch.Tensor) -> dict[int, float]:
-    return {k: recall_at(found, (k,))[f"recall@{k}"] for k in KS}
+def query_bank_ranks(predictions: Predictions, bank: np.ndarray, *, temperature: float = 0.05) -> dict[str, Ranks]:
+    """As `learned_ranks`, with image -> mesh scores normalised by a bank of queries (`cad_models.alignment.query_bank`).
+
+    Args:
+        bank: float32 [m, dim], unit embeddings of images of the training split.
+    """
+    cad, group = np.asarray(predictions["cad"], dtype=np.float64), np.asarray(predictions["group"])
+    found = learned_ranks(predictions)
+    for infix, (condition, size) in protocols(predictions, "query").items():
+        images, owner = averaged_views(predictions[f"query{condition}"], predictions["num_queries"], size)
+        scores = bank_normalised(images.astype(np.float64) @ cad.T, bank.astype(np.float64) @ cad.T, temperature=temperature)
+        found[infix] = replace(found[infix], image_to_mesh=_ranks_of_scores(scores, group[owner][:, None] == group))
+    return found
+
+
+def protocols(columns: Collection[str], prefix: str) -> dict[str, tuple[str, int]]:
+    """Infix of a metric's name -> (suffix of the queries' column, images that are averaged into one; 0 = all that an object has).
+
+    Args:
+        columns: Names of what there is; a condition whose column is not among them is left out.
+        prefix: Name of the column of the query images as they are.
+    """
+    conditions = {f"{name}/": (f"_{name}", 1) for name in QUERY_CONDITIONS if f"{prefix}_{name}" in columns}
+    return {**{infix: ("", size) for infix, size in PROTOCOLS.items()}, **conditions}
+
+
+def recalls(by_protocol: Mapping[str, "Ranks"]) -> dict[str, float]:
+    """``<direction>/<infix>recall@k`` and, of the protocol with one image, ``recall@k``: the mean of both directions."""
+    metrics: dict[str, float] = {}
+    for infix, found in by_protocol.items():
+        for direction in DIRECTIONS:
+            metrics |= {f"{direction}/{infix}recall@{k}": float((getattr(found, direction) <= k).mean()) for k in KS}
+    for k in KS:
+        metrics[f"recall@{k}"] = (metrics[f"image_to_mesh/recall@{k}"] + metrics[f"mesh_to_image/recall@{k}"]) / 2
+    return metrics
+
+
+def hits_by_object(by_protocol: Mapping[str, "Ranks"], num_objects: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """What each object adds to each figure of `recalls`: metric -> (hits, queries), float64 [num_objects] each; their sums' ratio is the metric."""
+    figures: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for infix, found in by_protocol.items():
+        for direction, owner in (("image_to_mesh", found.image_owner), ("mesh_to_image", found.mesh_owner)):
+            counts = np.bincount(owner, minlength=num_objects).astype(np.float64)
+            for k in KS:
+                hits = np.bincount(owner, weights=getattr(found, direction) <= k, minlength=num_objects)
+                figures[f"{direction}/{infix}recall@{k}"] = hits, counts
+    for k in KS:
+        # The mean of both directions as one ratio: each direction's hits are scaled to the same denominator.
+        (hits, counts), (others, other_counts) = (figures[f"{direction}/recall@{k}"] for direction in DIRECTIONS)
+        figures[f"recall@{k}"] = (hits / counts.sum() + others / other_counts.sum()) / 2, (counts / counts.sum() + other_counts / other_counts.sum()) / 2
+    return figures
 
 
 def averaged_views(views: np.ndarray, count: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -171,11 +225,12 @@ def one_per_object(owner: np.ndarray) -> list[np.ndarray]:
     return [first + j % count for j in range(int(count.max()))]
 
 
-def chance_metrics(group: np.ndarray) -> dict[str, float]:
+def chance_metrics(group: np.ndarray, conditions: Sequence[str] = ()) -> dict[str, float]:
     """Recall of a random order: the chance that one of an object's group stands among the first k of all meshes. Both directions, all protocols.
 
     Args:
         group: int64 [n].
+        conditions: Names of further conditions of the query images.
     """
     n = len(group)
     _, inverse, count = np.unique(group, return_inverse=True, return_counts=True)
@@ -185,35 +240,38 @@ def chance_metrics(group: np.ndarray) -> dict[str, float]:
         missed = np.ones(n)
         for i in range(min(k, n)):
             missed *= np.maximum(n - relevant - i, 0) / (n - i)
-        for direction in ("image_to_mesh", "mesh_to_image"):
-            metrics |= {f"{direction}/{infix}recall@{k}": float(1 - missed.mean()) for infix in PROTOCOLS}
+        for direction in DIRECTIONS:
+            metrics |= {f"{direction}/{infix}recall@{k}": float(1 - missed.mean()) for infix in (*PROTOCOLS, *(f"{name}/" for name in conditions))}
         metrics[f"recall@{k}"] = float(1 - missed.mean())
     return metrics
 
 
-def view_matching_metrics(
-    views: np.ndarray, num_views: np.ndarray, queries: np.ndarray, num_queries: np.ndarray, group: np.ndarray
-) -> dict[str, float]:
-    """The rival without learning: render the gallery, and match views by the cosine of their frozen embeddings, the best view counts.
+def view_matching_metrics(columns: Columns) -> dict[str, float]:
+    """Recalls of the rival without learning: `matching_ranks` of the frozen embeddings."""
+    return recalls(matching_ranks(columns))
 
-    Several query images of an object add their scores; objects without a query image are only in the gallery. Ties count against the query, as in `retrieval_metrics`.
+
+def matching_ranks(columns: Columns) -> dict[str, Ranks]:
+    """Render the gallery, and match views by the cosine of their embeddings, the best view counts; by infix of the protocol.
+
+    Several query images of an object add their scores; objects without a query image are only in the gallery. Ties count against the query, as in
+    `retrieval_metrics`.
 
     Args:
-        views: [n, most views, width], frozen embeddings of the gallery's views.
-        num_views: int64 [n].
-        queries: [n, most queries, width], frozen embeddings of the query images.
-        num_queries: int64 [n].
-        group: int64 [n].
+        columns: ``views`` [n, most views, width], embeddings of the gallery's views, ``num_views`` int64 [n]; ``query_views`` [n, most queries, width],
+            ``num_query_views``; optionally ``query_views_roll`` and so on; ``group`` int64 [n].
     """
-    gallery = [_unit_rows(v[:count]) for v, count in zip(views, num_views, strict=True)]
-    images = [_unit_rows(q[:count]) for q, count in zip(queries, num_queries, strict=True)]
-    # [n, queries, n]: the best view of every mesh for every image.
-    score = [np.stack([(image @ mesh.T).max(axis=1) for mesh in gallery], axis=1) for image in images]
-    relevant = group[:, None] == group[None, :]
-    metrics: dict[str, float] = {}
-    for infix, size in PROTOCOLS.items():
+    gallery = [_unit_rows(v[:count]) for v, count in zip(columns["views"], columns["num_views"], strict=True)]
+    relevant = columns["group"][:, None] == columns["group"][None, :]
+    score_of: dict[str, list[np.ndarray]] = {}
+    found = {}
+    for infix, (condition, size) in protocols(columns, "query_views").items():
+        if condition not in score_of:
+            images = [_unit_rows(q[:count]) for q, count in zip(columns[f"query_views{condition}"], columns["num_query_views"], strict=True)]
+            # [queries, n] of each object: the best view of every mesh for every image.
+            score_of[condition] = [np.stack([(image @ mesh.T).max(axis=1) for mesh in gallery], axis=1) for image in images]
         rows, owner = [], []
-        for i, scores in enumerate(score):
+        for i, scores in enumerate(score_of[condition]):
             if len(scores) == 0:
                 continue
             length = min(size, len(scores)) if size else len(scores)
@@ -221,13 +279,14 @@ def view_matching_metrics(
                 rows.append(scores[start : start + length].mean(axis=0))
                 owner.append(i)
         matrix, owners = np.stack(rows), np.array(owner)
-        forward = _ranks_of_scores(matrix, relevant[owners])
-        backward = np.concatenate([_ranks_of_scores(matrix[chosen].T, relevant[:, owners[chosen]]) for chosen in one_per_object(owners)])
-        for direction, found in (("image_to_mesh", forward), ("mesh_to_image", backward)):
-            metrics |= {f"{direction}/{infix}recall@{k}": float((found <= k).mean()) for k in KS}
-    for k in KS:
-        metrics[f"recall@{k}"] = (metrics[f"image_to_mesh/recall@{k}"] + metrics[f"mesh_to_image/recall@{k}"]) / 2
-    return metrics
+        galleries = one_per_object(owners)
+        found[infix] = Ranks(
+            image_to_mesh=_ranks_of_scores(matrix, relevant[owners]),
+            image_owner=owners,
+            mesh_to_image=np.concatenate([_ranks_of_scores(matrix[chosen].T, relevant[:, owners[chosen]]) for chosen in galleries]),
+            mesh_owner=np.tile(np.arange(len(gallery)), len(galleries)),
+        )
+    return found
 
 
 def _unit_rows(rows: np.ndarray) -> np.ndarray:

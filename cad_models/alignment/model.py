@@ -23,7 +23,7 @@ _TOKENS = ("queries", "start_token", "start_position")
 
 def parameter_groups(model: nn.Module, *, lr: float, head_lr: float, weight_decay: float) -> list[dict]:
     """Parameter groups for AdamW: the experts' (and the loss's) learning rate apart from the encoder's, decay for
-    matrices only.
+    matrices only. The network on pair histograms learns as fast as the experts: it too is a few layers on fixed features.
 
     Biases, norms, scales, tokens and the temperature get no weight decay. Frozen parameters are left out. Each group
     also has a ``name``: ``encoder``, ``encoder_no_decay``, ``head``, ``head_no_decay``; empty groups are left out,
@@ -33,7 +33,8 @@ def parameter_groups(model: nn.Module, *, lr: float, head_lr: float, weight_deca
         id(parameter)
         for module in model.modules()
         if isinstance(module, PointEncoder)
-        for parameter in module.parameters()
+        for name, parameter in module.named_parameters()
+        if not name.startswith("pairs.")
     }
     groups: dict[str, dict] = {
         name + suffix: {"params": [], "lr": group_lr, "weight_decay": decay, "name": name + suffix}

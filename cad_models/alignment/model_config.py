@@ -55,6 +55,8 @@ class PointEncoderConfig:
     """reconv2 only: patches in a nearest-neighbour chain behind a start token, each attending to earlier ones alone."""
     layer_scale: float = 0.0
     """Initial LayerScale factor of every residual branch; 0 = no LayerScale."""
+    pair_histogram: bool = False
+    """Add to the embedding what a small network makes of histograms over pairs of points; needs normals."""
     stop_gradient: bool = False
     """reconv2 only: the queries send no gradient into the local blocks, which therefore stay as loaded."""
 
@@ -75,6 +77,8 @@ class PointEncoderConfig:
         for name in ("drop_path", "patch_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it is a share in [0, 1)")
+        if self.pair_histogram and self.channels != "xyz+normals":
+            raise ValueError(f"pair_histogram reads coordinates and normals: it needs channels='xyz+normals', not {self.channels!r}")
         if self.mode == "fixed" and (self.causal or self.stop_gradient):
             raise ValueError("causal and stop_gradient reproduce released checkpoints: they need mode='reconv2'")
 
@@ -96,6 +100,9 @@ class HeadConfig:
     """Weight of the router z-loss, mean logsumexp² of the gate's logits (ST-MoE, arXiv:2202.08906: 1e-3)."""
     balance_weight: float = 0.0
     """Weight of the load-balancing loss, 1 for an even load (Switch, arXiv:2101.03961: 1e-2)."""
+    residual: bool = False
+    """A linear path that every row takes, to which the experts add; they start at zero, so that the head starts as a linear layer. With one expert, which
+    is a linear layer, it changes nothing."""
 
     def __post_init__(self) -> None:
         if self.num_experts < 1:

@@ -20,6 +20,8 @@ class MixtureOfExperts(nn.Module):
     - sparse: each row goes to its ``top_k`` experts with their softmax weights; the weight that is left goes to one
       shared expert that sees every row (DeepSeekMoE, arXiv:2401.06066). Weights therefore sum to 1 in every case, and
       the gate learns also with ``top_k=1``, where renormalised weights would be constant.
+    - ``residual``: ``W x + b`` plus what the experts give, all of which start at zero: at first, and from the same seed, it is the head with one
+      expert, bit for bit; what the gate learns comes on top (upcycling, arXiv:2212.05055, from an untrained layer). It takes the shared expert's place.
 
     Every parameter gets a gradient in every step, also that of an expert without rows, so data-parallel training
     needs no search for unused parameters. The statistics of the auxiliary losses are those of the whole batch over
@@ -30,16 +32,25 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.config = config
         num_experts = config.num_experts
+        residual = config.residual and num_experts > 1
+        self.residual_weight = self.residual_bias = None
+        if residual:
+            self.residual_weight = nn.Parameter(torch.empty(embed_dim, in_dim))
+            self.residual_bias = nn.Parameter(torch.zeros(embed_dim))
+            nn.init.trunc_normal_(self.residual_weight, std=in_dim**-0.5)
         self.weight = nn.Parameter(torch.empty(num_experts, embed_dim, in_dim))
         self.bias = nn.Parameter(torch.zeros(num_experts, embed_dim))
-        nn.init.trunc_normal_(self.weight, std=in_dim**-0.5)
+        if residual:
+            nn.init.zeros_(self.weight)
+        else:
+            nn.init.trunc_normal_(self.weight, std=in_dim**-0.5)
         self.gate_norm = self.gate = self.shared = None
         if num_experts > 1:
             self.gate_norm = nn.LayerNorm(in_dim)
             self.gate = nn.Linear(in_dim, num_experts)
             nn.init.trunc_normal_(self.gate.weight, std=0.02)
             nn.init.zeros_(self.gate.bias)
-        if config.top_k:
+        if config.top_k and not residual:
             self.shared = nn.Linear(in_dim, embed_dim)
             nn.init.trunc_normal_(self.shared.weight, std=in_dim**-0.5)
             nn.init.zeros_(self.shared.bias)
@@ -60,6 +71,8 @@ class MixtureOfExperts(nn.Module):
         else:
             y = self._dense(x, probability)
             load = probability.detach().sum(dim=0)
+        if self.residual_weight is not None:
+            y = y + F.linear(x, self.residual_weight, self.residual_bias)
         return _unit(y), self._scalars(logits, probability, load)
 
     def _dense(self, x: Tensor, probability: Tensor) -> Tensor:
@@ -77,6 +90,8 @@ class MixtureOfExperts(nn.Module):
         y = torch.cat([F.linear(part, weight, bias) for part, weight, bias in parts])
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         routed = torch.bmm(weights.to(y.dtype).unsqueeze(1), y[inverse].view(rows, top_k, y.shape[-1])).squeeze(1)
+        if self.shared is None:
+            return routed
         return routed + (1 - weights.sum(dim=1, keepdim=True)).to(y.dtype) * self.shared(x)
 
     def _scalars(self, logits: Tensor, probability: Tensor, load: Tensor) -> dict[str, Tensor]:

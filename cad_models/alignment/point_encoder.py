@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cad_models.alignment.model_config import PointEncoderConfig
+from cad_models.alignment.pair_histogram import PairEmbedding
 from cad_models.common.grouping import (
     farthest_points,
     farthest_points_pointnet2,
@@ -77,6 +78,7 @@ class PointEncoder(nn.Module):
         self.query_norm = nn.LayerNorm(width)
         self.image_proj = nn.Linear(width, config.embed_dim)
         self.text_proj = nn.Linear(width, config.embed_dim) if config.num_text_queries else None
+        self.pairs = PairEmbedding(config.embed_dim) if config.pair_histogram else None
         self._initialize()
 
     def _initialize(self) -> None:
@@ -140,6 +142,8 @@ class PointEncoder(nn.Module):
         if self.text_proj is not None:
             text_tokens = F.normalize(self.text_proj(queries[:, self.config.num_image_queries :]).float(), dim=-1)
             embedding = embedding + self.config.text_weight * text_tokens.mean(dim=1)
+        if self.pairs is not None:
+            embedding = embedding + F.normalize(self.pairs(points).float(), dim=-1)
         return PointFeatures(
             groups=groups,
             centers=centers,

@@ -76,7 +76,7 @@ class AlignmentPredictor(Predictor):
         Returns:
             For each input each member's unit embedding, float32 [dim], of a turned image one a position, [rolls, dim]. Where meshes are rendered, then:
             of a mesh each member's embeddings of its views, float16 [views, dim]; and last, of each encoder (in the order of the members), its frozen
-            embeddings, float16, of a mesh's views [views, width], of an image [rolls, width].
+            embeddings, float16, of a mesh's views [views, width], of an image [rolls, width]. Of a mesh that was measured instead: its measures.
         """
         size = 1 if self._device == "cpu" else _GPU_BATCH
         outputs: list[list[np.ndarray]] = [[] for _ in batch]
@@ -89,7 +89,7 @@ class AlignmentPredictor(Predictor):
         return outputs
 
     def _embed_images(self, batch: list[Columns]) -> list[list[np.ndarray]]:
-        counts = [int(columns["num_rolls"]) for columns in batch]
+        counts = [int(columns.get("num_rolls", 1)) for columns in batch]
         frozen = {}
         for digest, encoder in self._encoders.items():
             started = time.perf_counter()
@@ -115,8 +115,10 @@ class AlignmentPredictor(Predictor):
             rows.append(self._run(member.learner.embed_cad, np.ascontiguousarray(np.stack(points))))
         self.seconds["embed"] += time.perf_counter() - started
         found = [[row[i] for row in rows] for i in range(len(batch))]
-        if self._options.gallery_views:
-            for outputs, columns in zip(found, batch, strict=True):
+        for outputs, columns in zip(found, batch, strict=True):
+            if "measures" in columns:
+                outputs.append(columns["measures"])
+            elif self._options.gallery_views:
                 outputs += self._embed_views(columns)
         return found
 

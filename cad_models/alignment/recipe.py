@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from cad_models.config import OptimConfig, Recipe, ScheduleConfig, check
+from cad_models.config import OptimConfig, Recipe, ScheduleConfig, added_later, check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,11 @@ class AugmentConfig:
         check(self.max_rotation_deg >= 0, "data.augment.max_rotation_deg", self.max_rotation_deg, "at least 0")
 
 
+QUERY_CONDITIONS: dict[str, tuple[float, float]] = {"roll": (180.0, 0.0), "crop": (0.0, 0.3), "roll_crop": (180.0, 0.3)}
+"""Harder conditions of a query image: name -> largest in-plane rotation in degrees, largest change of the box around the object
+(`cad_models.common.picture_changes.PictureChange`). As the image is: upright, with an exact box."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class AlignmentData:
     """What is made of the raw files, and what training reads of it."""
@@ -40,12 +45,20 @@ class AlignmentData:
     views_per_step: int = 0
     """Views of each object drawn for a training step; 0 = all."""
     augment: AugmentConfig = AugmentConfig()
+    query_conditions: bool = added_later(False)
+    """Evaluate also with query images that are turned freely, boxed badly (± 30 %), and both; embed.py stores their embeddings."""
+    augmented_views: int = added_later(0)
+    """Turned, badly boxed and differently drawn versions of each gallery view whose embeddings embed.py stores, for training; 0 = none."""
+    augmented_share: float = added_later(0.0)
+    """Probability that a view in a training step is one of its changed versions; needs embeddings with --data.augmented-views of at least 1."""
 
     def __post_init__(self) -> None:
         for name in ("num_points", "num_views", "num_query_views"):
             check(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "at least 1")
         check(self.image_size >= 16, "data.image_size", self.image_size, "at least 16 pixels")
         check(self.views_per_step >= 0, "data.views_per_step", self.views_per_step, "at least 0 (0 = all)")
+        check(self.augmented_views >= 0, "data.augmented_views", self.augmented_views, "at least 0 (0 = none)")
+        check(0 <= self.augmented_share <= 1, "data.augmented_share", self.augmented_share, "in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,15 +81,22 @@ class AlignmentModel:
     """Experts of the image head; 1 = one linear layer."""
     top_k: int = 0
     """Experts used for each image; 0 = all, weighted by a soft gate."""
+    residual_head: bool = added_later(False)
+    """Whether the experts start at zero and add to a linear path, so that the head starts as a linear layer."""
+    pair_histogram: bool = added_later(False)
+    """Whether histograms over pairs of points (distances, angles of normals) add to the mesh's embedding; needs --model.channels xyz+normals."""
     drop_path: float = 0.0
     """Largest probability of skipping a residual branch in training; at 0 (and patch_dropout 0) the numbers do not depend on the workers."""
     patch_dropout: float = 0.0
     """Share of the point patches left out in training; evaluation sees all."""
 
     def __post_init__(self) -> None:
+        if self.pair_histogram:
+            check(self.channels == "xyz+normals", "model.channels", self.channels, "xyz+normals with --model.pair-histogram")
         if self.size.startswith("recon_"):
             channels = "xyz" if self.size.endswith("_1k") else "xyz+color"
             check(self.channels == channels, "model.channels", self.channels, f"{channels} for --model.size {self.size}")
+            check(not self.pair_histogram, "model.pair_histogram", self.pair_histogram, f"False for --model.size {self.size}")
             check(self.embed_dim == 1_280, "model.embed_dim", self.embed_dim, f"1280 for --model.size {self.size}")
 
 
@@ -90,6 +110,15 @@ class AlignmentLoss:
     """Whether the temperature is trained."""
     balance_weight: float = 0.0
     """Weight of the experts' load-balance loss."""
+    router_z_weight: float = added_later(0.0)
+    """Weight of the gate's z-loss, which keeps its logits small (ST-MoE: 1e-3)."""
+    image_weight: float = added_later(0.0)
+    """Weight of the loss between images: views of one object attract each other against those of other objects, so that the head serves as a metric
+    between pictures too."""
+
+    def __post_init__(self) -> None:
+        for name in ("balance_weight", "router_z_weight", "image_weight"):
+            check(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), "at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +134,9 @@ RECIPE = AlignmentRecipe(
     batch_size=32,
     optim=OptimConfig(lr=5e-4, head_lr=2e-3, weight_decay=0.05, grad_clip_norm=10.0, ema_decay=0.99),
     schedule=ScheduleConfig(num_epochs=40, num_warmup_epochs=2.0),
+    data=AlignmentData(query_conditions=True, augmented_views=3, augmented_share=0.5, views_per_step=12),
+    model=AlignmentModel(residual_head=True),
+    loss=AlignmentLoss(image_weight=0.3),
 )
 """Defaults that reproduce the figures in this room's README on two CPU cores."""
 

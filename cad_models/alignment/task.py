@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from cad_models.alignment.options import AlignmentOptions
-from cad_models.alignment.recipe import RECIPE, SMOKE, AlignmentRecipe
+from cad_models.alignment.recipe import QUERY_CONDITIONS, RECIPE, SMOKE, AlignmentRecipe
 from cad_models.config import Recipe, replace_all
 from cad_models.task import (
     Answer,
@@ -114,6 +114,11 @@ class AlignmentTask(Task):
         EmbedColumn(source=("views", "query_images"), name="query_embeddings", count="num_query_views"),
     )
 
+    def changed_embed_columns(self, recipe: AlignmentRecipe) -> tuple[EmbedColumn, ...]:
+        from cad_models.alignment.data import changed_embed_columns
+
+        return changed_embed_columns(recipe)
+
     def list_raw(self, source: str) -> Listing:
         from cad_models.alignment.data import list_source
 
@@ -159,7 +164,12 @@ class AlignmentTask(Task):
 
     def columns(self, recipe: AlignmentRecipe) -> dict[str, list[str]]:
         points = ["points", "normals"] if "normals" in recipe.model.channels else ["points"]
-        return {"objects": [*points, "label"], "embeddings": ["embeddings", "query_embeddings"]}
+        embeddings = ["embeddings", "query_embeddings"]
+        if recipe.data.query_conditions:
+            embeddings += [f"query_embeddings_{name}" for name in QUERY_CONDITIONS]
+        if recipe.data.augmented_share > 0:
+            embeddings.append("augmented_embeddings")
+        return {"objects": [*points, "label"], "embeddings": embeddings}
 
     def examples(self, tables: dict[str, pa.Table], recipe: AlignmentRecipe) -> Columns:
         from cad_models.alignment.data import examples
@@ -210,10 +220,8 @@ class AlignmentTask(Task):
     ) -> dict[str, dict[str, float]]:
         from cad_models.alignment.metrics import chance_metrics, view_matching_metrics
 
-        matching = view_matching_metrics(
-            columns["views"], columns["num_views"], columns["query_views"], columns["num_query_views"], columns["group"]
-        )
-        return {"chance": chance_metrics(columns["group"]), "match rendered views": matching}
+        conditions = [name for name in QUERY_CONDITIONS if f"query_views_{name}" in columns]
+        return {"chance": chance_metrics(columns["group"], conditions), "match rendered views": view_matching_metrics(columns)}
 
     def baseline_recipes(self, recipe: AlignmentRecipe) -> dict[str, Recipe]:
         return {"linear head": replace_all(recipe, {"model.num_experts": 1, "model.top_k": 0})}
@@ -224,7 +232,8 @@ class AlignmentTask(Task):
 
         if "view" not in members[0]:
             return {}
-        weights = fit_weights(self.combine([{name: column[:FIT_OBJECTS] for name, column in m.items()} for m in members], rule=rule))
+        few = min(FIT_OBJECTS, len(members[0]["view"]))
+        weights = fit_weights(self.combine([{name: column[:few] for name, column in m.items()} for m in members], rule=rule))
         return {} if weights is None else {"fusion": asdict(weights)}
 
     def combine(
@@ -241,7 +250,8 @@ class AlignmentTask(Task):
 
         first = members[0]
         combine = functools.partial(combine_embeddings, rule=rule or self.combine_rules[0], weights=weights)
-        combined = {name: combine([m[name] for m in members]) for name in ("cad", "query")}
+        embedded = [name for name in first if name == "cad" or name.startswith("query")]
+        combined = {name: combine([m[name] for m in members]) for name in embedded}
         combined |= {name: first[name] for name in ("num_queries", "group", "label") if name in first}
         if "view" in first:
             combined |= combined_views(combine, members, weights)
@@ -252,8 +262,8 @@ class AlignmentTask(Task):
     ) -> Requests:
         from cad_models.alignment.answers import list_requests
 
-        turned = isinstance(options, AlignmentOptions) and options.query_rolls > 1
-        return list_requests(queries, gallery, direction=direction, turned=turned)
+        options = options or AlignmentOptions()
+        return list_requests(queries, gallery, direction=direction, turned=options.query_rolls > 1, measured=options.scale_aware > 0)
 
     def predictor(self, members: "Sequence[Member]", *, device: str = "cpu", options: InferOptions | None = None) -> Predictor:
         from cad_models.alignment.predictor import AlignmentPredictor
@@ -275,12 +285,19 @@ class AlignmentTask(Task):
         top_k: int,
         fitted: Mapping[str, Any] | None = None,
         signatures: Sequence[Mapping[str, Any]] = (),
+        options: InferOptions | None = None,
     ) -> list[Answer]:
-        from cad_models.alignment.answers import rank
+        from cad_models.alignment.answers import MESH_TO_MESH, rank
+        from cad_models.alignment.similar_meshes import rank_meshes
 
+        if search.direction == MESH_TO_MESH:
+            scale_aware = (options or AlignmentOptions()).scale_aware
+            return rank_meshes(search, outputs, rule=rule, weights=weights, top_k=top_k, scale_aware=scale_aware)
         return rank(search, outputs, rule=rule, weights=weights, top_k=top_k, fitted=fitted, signatures=signatures)
 
     def submission(self, answers: Sequence[Answer], *, options: InferOptions | None = None) -> list[list[str]]:
-        from cad_models.alignment.answers import submission
+        from cad_models.alignment import answers as between_kinds
+        from cad_models.alignment import similar_meshes
 
-        return submission(answers)
+        to_meshes = any(answer.direction == between_kinds.MESH_TO_MESH for answer in answers)
+        return similar_meshes.submission(answers) if to_meshes else between_kinds.submission(answers)

@@ -1,9 +1,14 @@
-"""Patches of point clouds in plain PyTorch: farthest point sampling, nearest neighbours, nearest-neighbour chains.
+"""Patches of point clouds: farthest point sampling, nearest neighbours, nearest-neighbour chains. Plain PyTorch on any
+device; float32 clouds on a CPU go through compiled searches with the same results, an order of magnitude faster.
 
 Distances are sums of squared differences, never ``a² - 2ab + b²``: they do not cancel, and a cloud's result does not
 depend on the other clouds of the batch.
 """
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -57,6 +62,8 @@ def _farthest(points: Tensor, num_samples: int, first: Tensor, pickable: Tensor 
         raise ValueError(
             f"{num_samples} centres were asked of clouds with {num_points} points: give more points or fewer groups"
         )
+    if _compiled(points):
+        return _farthest_compiled(points, num_samples, first, pickable)
     # Structure of arrays: 4 times faster on a CPU than [batch, num_points, 3].
     x, y, z = (column.contiguous() for column in points.unbind(-1))
     nearest = torch.full_like(x, torch.inf)
@@ -86,6 +93,8 @@ def nearest_neighbors(
     batch, num_points, _ = points.shape
     if num_points < num_neighbors:
         raise ValueError(f"{num_neighbors} neighbours were asked of clouds with {num_points} points: lower group_size")
+    if _compiled(points) and _compiled(queries):
+        return _nearest_compiled(queries, points, num_neighbors)
     index = torch.arange(num_points, device=points.device)
     block_elements = _BLOCK_ELEMENTS_CPU if points.device.type == "cpu" else _BLOCK_ELEMENTS_ACCELERATOR
     rows = max(1, block_elements // max(1, batch * num_points))
@@ -97,6 +106,54 @@ def nearest_neighbors(
         key = distance.view(torch.int32).to(torch.int64).mul_(num_points).add_(index)
         found.append(key.topk(num_neighbors, dim=-1, largest=False, sorted=True).values.remainder_(num_points))
     return torch.cat(found, dim=1)
+
+
+def _compiled(points: Tensor) -> bool:
+    """Whether the compiled searches take these points; not finite ones are left to torch, whose order of NaN they do not know."""
+    return points.device.type == "cpu" and points.dtype == torch.float32 and bool(torch.isfinite(points).all())
+
+
+def _farthest_compiled(points: Tensor, num_samples: int, first: Tensor, pickable: Tensor | None) -> Tensor:
+    from cad_models.common.point_blocks import cut_into_blocks, farthest_in_blocks  # numba: not for those who only need torch
+
+    clouds, starts_at = np.ascontiguousarray(points.numpy()), first.numpy()
+    order = np.empty((len(clouds), num_samples), np.int64)
+
+    def sample(i: int) -> None:
+        columns, index, starts, lows, highs = cut_into_blocks(clouds[i])
+        distances = np.full(len(index), np.float32(np.inf))
+        if pickable is not None:
+            distances[~pickable[i].numpy()[index]] = -1.0
+        position = int(np.flatnonzero(index == starts_at[i])[0])
+        farthest_in_blocks(columns, index, starts, lows, highs, position, distances, False, order[i])
+
+    _each(sample, len(clouds))
+    return torch.from_numpy(order)
+
+
+def _nearest_compiled(queries: Tensor, points: Tensor, num_neighbors: int) -> Tensor:
+    from cad_models.common.point_blocks import cut_into_blocks, nearest_in_blocks
+
+    asked, clouds = np.ascontiguousarray(queries.numpy()), np.ascontiguousarray(points.numpy())
+    found = np.empty((*asked.shape[:2], num_neighbors), np.int64)
+
+    def search(i: int) -> None:
+        nearest_in_blocks(*cut_into_blocks(clouds[i]), asked[i], found[i])
+
+    _each(search, len(clouds))
+    return torch.from_numpy(found)
+
+
+def _each(work: Callable[[int], None], count: int) -> None:
+    """``work(0) ... work(count - 1)`` on as many threads as torch uses: the compiled searches let go of Python's lock."""
+    threads = min(torch.get_num_threads(), count)
+    if threads <= 1:
+        for i in range(count):
+            work(i)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(work, range(count)):
+            pass
 
 
 @torch.no_grad()

@@ -8,8 +8,7 @@ from jaxtyping import Float32, Int32
 from numba import njit
 
 from cad_models.common.meshes import Mesh
-
-_LEAF = 64  # points in a block of the farthest-point search
+from cad_models.common.point_blocks import cut_into_blocks, farthest_in_blocks
 
 
 def seed_of(object_id: str, seed: int) -> int:
@@ -84,114 +83,6 @@ def sample_surface(mesh: Mesh, num_points: int, seed: int) -> tuple[Float32[np.n
     return (points * scale + middle).astype(np.float32), normals.astype(np.float32)
 
 
-@njit(cache=True)
-@no_type_check  # type checkers would wrap what numba must compile
-def _approach(xs, ys, zs, distances, start, end, x, y, z):
-    """Squared distances to the nearest chosen point, now that (x, y, z) is one. A function of its own: so the loop becomes vector instructions."""
-    for i in range(start, end):
-        dx, dy, dz = xs[i] - x, ys[i] - y, zs[i] - z
-        distance = dx * dx + dy * dy + dz * dz
-        before = distances[i]
-        distances[i] = distance if distance < before else before
-
-
-@njit(cache=True)
-@no_type_check  # type checkers would wrap what numba must compile
-def _farthest_points(xs, ys, zs, index, starts, first, order):
-    """Farthest points of those with the coordinates ``xs``, ``ys``, ``zs`` [n], which lie block by block; ``index`` [n] are their numbers outside.
-
-    A block keeps the largest distance of its points to those chosen. Where the new point is farther from the block's box than that, no
-    distance in the block can change, and the block is skipped; the choice is the same as without blocks.
-    """
-    num_blocks = len(starts) - 1
-    lows, highs = np.empty((num_blocks, 3), np.float32), np.empty((num_blocks, 3), np.float32)
-    for block in range(num_blocks):
-        start, end = starts[block], starts[block + 1]
-        lows[block] = xs[start:end].min(), ys[start:end].min(), zs[start:end].min()
-        highs[block] = xs[start:end].max(), ys[start:end].max(), zs[start:end].max()
-    distances = np.full(len(xs), np.float32(np.inf))
-    farthest = np.full(num_blocks, np.float32(np.inf))
-    where = starts[:-1].copy()
-    newest = first
-    order[0] = index[first]
-    distances[first] = np.float32(-1.0)  # chosen: below every distance, also that of a twin
-    for rank in range(1, len(order)):
-        x, y, z = xs[newest], ys[newest], zs[newest]
-        best_block = 0
-        for block in range(num_blocks):
-            gap_x = max(lows[block, 0] - x, x - highs[block, 0], np.float32(0))
-            gap_y = max(lows[block, 1] - y, y - highs[block, 1], np.float32(0))
-            gap_z = max(lows[block, 2] - z, z - highs[block, 2], np.float32(0))
-            gap = gap_x * gap_x + gap_y * gap_y + gap_z * gap_z
-            # The margin is far above float32 rounding, so that skipping is never wrong by a last digit. The block of the newest point
-            # has gap 0 and is always visited.
-            if gap * np.float32(0.9999) <= farthest[block]:
-                start, end = starts[block], starts[block + 1]
-                _approach(xs, ys, zs, distances, start, end, x, y, z)
-                largest, at = np.float32(-2.0), start
-                for i in range(start, end):
-                    if distances[i] > largest:
-                        largest, at = distances[i], i
-                for i in range(at + 1, end):
-                    if distances[i] == largest and index[i] < index[at]:
-                        at = i
-                farthest[block] = largest
-                where[block] = at
-            if farthest[block] > farthest[best_block] or (
-                farthest[block] == farthest[best_block] and index[where[block]] < index[where[best_block]]
-            ):
-                best_block = block
-        newest = where[best_block]
-        order[rank] = index[newest]
-        distances[newest] = np.float32(-1.0)
-
-
-@njit(cache=True)
-@no_type_check  # type checkers would wrap what numba must compile
-def _blocks(points, leaf):
-    """A k-d tree's leaves of at most ``leaf`` points: permutation [n] of the points, and where each leaf starts in it, with n at the end."""
-    permutation = np.arange(len(points))
-    starts = [len(points)]
-    stack = [(0, len(points))]
-    while len(stack) > 0:
-        start, end = stack.pop()
-        if end - start <= leaf:
-            starts.append(start)
-            continue
-        axis, widest = 0, np.float32(-1.0)
-        for column in range(3):
-            low = high = points[permutation[start], column]
-            for i in range(start + 1, end):
-                value = points[permutation[i], column]
-                low, high = min(low, value), max(high, value)
-            if high - low > widest:
-                axis, widest = column, high - low
-        half = start + (end - start) // 2
-        # Quickselect (C. A. R. Hoare, 1961): afterwards nothing before `half` lies beyond what stands there, nothing behind it before.
-        left, right = start, end - 1
-        while left < right:
-            pivot = points[permutation[(left + right) // 2], axis]
-            i, j = left, right
-            while i <= j:
-                while points[permutation[i], axis] < pivot:
-                    i += 1
-                while points[permutation[j], axis] > pivot:
-                    j -= 1
-                if i <= j:
-                    permutation[i], permutation[j] = permutation[j], permutation[i]
-                    i += 1
-                    j -= 1
-            if half <= j:
-                right = j
-            elif half >= i:
-                left = i
-            else:
-                break
-        stack.append((half, end))
-        stack.append((start, half))
-    return permutation, np.sort(np.array(starts))
-
-
 def fps_order(points: Float32[np.ndarray, "n 3"], num_ordered: int | None = None) -> Int32[np.ndarray, " n"]:
     """Farthest-point order: every prefix is the farthest-point sample of its length (Y. Eldar et al., "The farthest point strategy for
     progressive image sampling", 1997), so a cloud stored in this order needs no sampling later.
@@ -217,10 +108,10 @@ def fps_order(points: Float32[np.ndarray, "n 3"], num_ordered: int | None = None
         raise ValueError("points are not all finite")
     centred = points - points.mean(axis=0, dtype=np.float64).astype(np.float32)
     first = int(np.einsum("ni,ni->n", centred, centred).argmax())
-    permutation, starts = _blocks(points, _LEAF)
-    columns = np.ascontiguousarray(points[permutation].T)
-    order = np.empty(num_ordered, np.int32)
-    _farthest_points(*columns, permutation, starts, int(np.flatnonzero(permutation == first)[0]), order)
+    columns, index, starts, lows, highs = cut_into_blocks(np.ascontiguousarray(points))
+    order = np.empty(num_ordered, np.int64)
+    position = int(np.flatnonzero(index == first)[0])
+    farthest_in_blocks(columns, index, starts, lows, highs, position, np.full(num_points, np.float32(np.inf)), True, order)
     rest = np.ones(num_points, bool)
     rest[order] = False
-    return np.concatenate([order, np.flatnonzero(rest).astype(np.int32)])
+    return np.concatenate([order, np.flatnonzero(rest)]).astype(np.int32)

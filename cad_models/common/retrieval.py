@@ -15,8 +15,16 @@ _BLOCK_ELEMENTS_CPU = 1 << 20
 _BLOCK_ELEMENTS_ACCELERATOR = 1 << 24
 # The same for candidates' vectors: they stay in the cache between being gathered and multiplied.
 _CANDIDATE_ELEMENTS = 1 << 18
-# Candidates beyond k that the float32 search hands to the exact comparison.
+# Scores of one chunk of a search.
+_SEARCH_ELEMENTS = 1 << 22
+# Columns of a chunk whose maximum is looked at first.
+_BLOCK = 32
+# Candidates beyond k that a search hands to the exact comparison.
 _EXTRA_CANDIDATES = 32
+# With fewer queries, converting the gallery costs more than the faster product saves.
+_FEWEST_FOR_BFLOAT16 = 128
+# Relative error of a product whose two factors were rounded to bfloat16's eight bits, with a margin for their own product.
+_BFLOAT16_FACTORS = 2.0**-8 * 1.01
 # Relative error of a product whose factors torch.set_float32_matmul_precision lets be TF32 or bfloat16.
 _INPUT_ROUNDING = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}
 
@@ -95,47 +103,107 @@ def top_k(
 ) -> tuple[Float[Tensor, "queries k"], Int64[Tensor, "queries k"]]:
     """Scores (float32) and gallery indices of each query's ``k`` best items, best first; ties go to the lower index.
 
-    Exact: a float32 search proposes candidates, which are compared exactly; a query for which float32 could have
-    missed one is compared with the whole gallery. ``k`` beyond the gallery's size is cut to it. ``chunk`` is the
-    number of gallery items scored at a time. Raises ``ValueError`` for ``k`` below 1.
+    Exact: a search in bfloat16 (many queries, where the processor multiplies such numbers faster) or float32 proposes candidates, which are
+    compared exactly; a query for which it could have missed one is searched again more precisely, in the end compared with the whole gallery.
+    ``k`` beyond the gallery's size is cut to it. ``chunk`` is the number of gallery items scored at a time. Raises ``ValueError`` for ``k`` below 1.
     """
     if k < 1:
         raise ValueError(f"k is {k}: ask for at least one answer a query")
     k = min(k, len(gallery))
-    queries32 = queries.float()
+    scores = torch.empty(len(queries), k, dtype=torch.float32, device=queries.device)
+    index = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
+    left = torch.arange(len(queries) if k else 0, device=queries.device)
+    for dtype in (torch.bfloat16, torch.float32):
+        if dtype == torch.bfloat16 and not (len(left) >= _FEWEST_FOR_BFLOAT16 and _multiplies_bfloat16(queries.device)):
+            continue
+        if len(left):
+            found, candidates, certain = _searched(queries[left].float(), gallery, k, dtype, chunk)
+            scores[left], index[left] = found, candidates
+            left = left[~certain]
+    if len(left):
+        for row in left.split(max(1, _block_elements(queries) // len(gallery))):
+            exact = _exact_scores(queries[row], gallery)
+            every = torch.arange(len(gallery), device=exact.device).expand(len(row), -1)
+            scores[row], index[row] = _ordered(exact, every, k)
+    return scores, index
+
+
+def _searched(queries: Tensor, gallery: Tensor, k: int, dtype: torch.dtype, chunk: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The best ``k`` of what a search in ``dtype`` proposes, compared exactly; and for which queries nothing better can have been missed."""
     num_candidates = min(k + _EXTRA_CANDIDATES, len(gallery))
-    chunk = chunk or max(num_candidates, _block_elements(queries) // max(1, len(queries)))
-    values = queries32.new_empty(len(queries), 0)
-    candidates = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
-    longest = queries32.new_zeros(())
-    for start in range(0, len(gallery), chunk):
-        part = gallery[start : start + chunk].float()
-        longest = torch.maximum(longest, part.norm(dim=1).max())
-        scores = queries32 @ part.T
-        found = scores.topk(min(num_candidates, scores.shape[1]), dim=1)
-        values = torch.cat([values, found.values], dim=1)
-        candidates = torch.cat([candidates, found.indices + start], dim=1)
-        if values.shape[1] > num_candidates:
-            kept = values.topk(num_candidates, dim=1)
-            values, candidates = kept.values, candidates.gather(1, kept.indices)
+    values, candidates, longest = _proposed(queries, gallery, num_candidates, dtype, chunk)
     scores = torch.empty_like(values)
     rows = max(1, _CANDIDATE_ELEMENTS // max(1, num_candidates * queries.shape[1]))
     for start in range(0, len(queries), rows):
         part = slice(start, start + rows)
-        proposed = gallery[candidates[part]].double()
-        scores[part] = torch.bmm(proposed, queries[part].double().unsqueeze(-1)).squeeze(-1).float()
+        # index_select copies whole rows; indexing by a matrix takes twice as long.
+        vectors = gallery.index_select(0, candidates[part].flatten()).view(*candidates[part].shape, -1).double()
+        scores[part] = torch.bmm(vectors, queries[part].double().unsqueeze(-1)).squeeze(-1).float()
+    # What was not proposed scored at most `worst` in the search, so at most `worst + error` in truth. The error of an inner product is below
+    # |query| * |item| times: dim * 2^-24 for a sum in float32, and the rounding of the factors. A bfloat16 product is rounded itself, too.
+    worst = values.amin(dim=1)
+    error = (queries.shape[1] + 2) * 2.0**-24
+    error += _BFLOAT16_FACTORS if dtype == torch.bfloat16 else _INPUT_ROUNDING[torch.get_float32_matmul_precision()]
+    error = error * queries.norm(dim=1) * longest
+    if dtype == torch.bfloat16:
+        error = error + 2.0**-8 * worst.abs()
     scores, candidates = _ordered(scores, candidates, k)
-    if num_candidates < len(gallery):
-        # What was not proposed scored at most `worst` in float32, so at most `worst + error` in truth: the error of
-        # an inner product of `dim` terms is below dim * 2^-24 * |query| * |item|.
-        worst = values.amin(dim=1)
-        error = (queries.shape[1] + 2) * 2.0**-24 + _INPUT_ROUNDING[torch.get_float32_matmul_precision()]
-        uncertain = (scores[:, -1] - worst <= error * queries32.norm(dim=1) * longest).nonzero().squeeze(1)
-        for row in uncertain.split(max(1, _block_elements(queries) // len(gallery))):
-            exact = _exact_scores(queries[row], gallery)
-            index = torch.arange(len(gallery), device=exact.device).expand(len(row), -1)
-            scores[row], candidates[row] = _ordered(exact, index, k)
-    return scores, candidates
+    certain = (scores[:, -1] - worst > error) | (num_candidates == len(gallery))
+    return scores, candidates, certain
+
+
+def _proposed(
+    queries: Tensor, gallery: Tensor, num_candidates: int, dtype: torch.dtype, chunk: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The highest scores in ``dtype`` (as float32) of each query, unordered, and their items; and the length of the longest item."""
+    chunk = chunk or max(num_candidates, _SEARCH_ELEMENTS // max(1, len(queries)) // _BLOCK * _BLOCK)
+    factors = queries.to(dtype)
+    values = queries.new_empty(len(queries), 0)
+    candidates = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    longest = queries.new_zeros(())
+    for start in range(0, len(gallery), chunk):
+        part = gallery[start : start + chunk].float()
+        longest = torch.maximum(longest, torch.linalg.vector_norm(part, dim=1).max())
+        scores = factors @ part.to(dtype).T
+        if values.shape[1] < num_candidates or len(part) % _BLOCK:
+            found = scores.topk(min(num_candidates, scores.shape[1]), dim=1)
+            new_values, new_items = found.values.float(), found.indices
+        else:
+            new_values, new_items = _above(scores, values.amin(dim=1))
+        values = torch.cat([values, new_values], dim=1)
+        candidates = torch.cat([candidates, new_items + start], dim=1)
+        if values.shape[1] > num_candidates:
+            kept = values.topk(num_candidates, dim=1)
+            values, candidates = kept.values, candidates.gather(1, kept.indices)
+    return values, candidates, longest
+
+
+def _above(scores: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
+    """The scores of each row above its bound, and their columns: float32 and int64 [rows, most in a row], filled up with -inf and 0.
+
+    Few are left after the first chunk, and finding them through the maxima of blocks is several times faster than topk of everything. A block
+    is a set of columns at equal distances, so that the maxima are of whole vectors.
+    """
+    blocks = scores.unflatten(1, (_BLOCK, -1))
+    row, block = (blocks.amax(dim=1).float() > bound.unsqueeze(1)).nonzero(as_tuple=True)
+    values = blocks[row, :, block].float()
+    hit, place = (values > bound[row].unsqueeze(1)).nonzero(as_tuple=True)
+    values, column, row = values[hit, place], place * blocks.shape[2] + block[hit], row[hit]
+    count = torch.bincount(row, minlength=len(scores))
+    slot = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
+    width = int(count.max()) if len(row) else 0
+    padded = torch.full((len(scores), width), -torch.inf, device=scores.device)
+    columns = torch.zeros(len(scores), width, dtype=torch.int64, device=scores.device)
+    padded[row, slot], columns[row, slot] = values, column
+    return padded, columns
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 products have units of their own, so that they are faster than float32's."""
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _ordered(scores: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -217,6 +217,7 @@ class HistogramTask(Task):
         top_k: int,
         fitted: Mapping[str, Any] | None = None,
         signatures: Sequence[Mapping[str, Any]] = (),
+        options: InferOptions | None = None,
     ) -> list[Answer]:
         from cad_models.histograms.answers import rank
 

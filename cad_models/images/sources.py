@@ -20,6 +20,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".g
 _ID_NAMES = ("id", "image", "image_id", "img", "file", "filename", "file_name", "path", "name")
 _LABEL_NAMES = ("label", "class", "target", "category", "y", "answer", "solution")
 _IN_ZIP = "!/"
+_MAX_MEMBER_BYTES = 1 << 29  # no picture and no table of names is larger: a bomb is
 
 
 class Source:
@@ -68,6 +69,9 @@ def read_uri(uri: str) -> bytes:
     if found and archive.lower().endswith(".zip"):
         try:
             with zipfile.ZipFile(archive) as opened:
+                size = opened.getinfo(member).file_size  # reading stops there, whatever the packed bytes hold
+                if size > _MAX_MEMBER_BYTES:
+                    raise OSError(f"{member} in {archive} unpacks to {size:,} bytes, more than {_MAX_MEMBER_BYTES:,}")
                 return opened.read(member)
         except (KeyError, zipfile.BadZipFile, zipfile.LargeZipFile, RuntimeError, NotImplementedError) as error:
             raise OSError(f"{member} cannot be read from {archive}: {error}") from error

@@ -212,6 +212,7 @@ class ImagesTask(Task):
         top_k: int,
         fitted: Mapping[str, Any] | None = None,
         signatures: Sequence[Mapping[str, Any]] = (),
+        options: InferOptions | None = None,
     ) -> list[Answer]:
         from cad_models.images.answers import rank
 

@@ -251,7 +251,7 @@ def test_evaluation_batch_is_the_stored_points_and_the_query_views():
     np.testing.assert_array_equal(batch["points"].numpy(), columns["points"])
     np.testing.assert_array_equal(batch["query_views"].numpy(), columns["query_views"].astype(np.float32))
     assert batch["query_mask"].tolist() == [[True, True], [True, False]]
-    assert set(batch) == {"points", "group", "label", "query_views", "query_mask"}
+    assert set(batch) == {"points", "group", "label", "views", "view_mask", "query_views", "query_mask"}
 
 
 def test_batch_does_not_share_memory_with_the_cache():

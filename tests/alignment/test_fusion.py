@@ -272,9 +272,8 @@ def test_fused_figures_equal_a_loop_over_everything(k):
 def test_gains_are_differences_of_the_figures_that_metrics_tell():
     predictions = split(seed=3, objects=15)
     found, learned = fused_details(predictions), retrieval_metrics(predictions)
-    matching = view_matching_metrics(
-        predictions["frozen_view"], predictions["num_views"], predictions["frozen_query"], predictions["num_queries"], predictions["group"]
-    )
+    names = {"views": "frozen_view", "num_views": "num_views", "query_views": "frozen_query", "num_query_views": "num_queries", "group": "group"}
+    matching = view_matching_metrics({column: predictions[name] for column, name in names.items()})
     for direction in ("image_to_mesh/", "mesh_to_image/", ""):
         fused = found[f"fused/{direction}recall@3"]
         assert found[f"fused_gain/over_learned/{direction}recall@3"] == pytest.approx(fused - learned[f"{direction}recall@3"])
@@ -292,8 +291,7 @@ def test_intervals_hold_their_figures_and_have_no_width_where_all_is_certain():
 
 def test_large_split_is_measured_on_its_first_objects_and_pictures(monkeypatch):
     predictions = split(objects=9)
-    monkeypatch.setattr(fusion, "_TOLD_OBJECTS", 6)
-    found = fused_details(predictions)
+    found = fused_details({name: column[:6] if name in fusion.COLUMNS else column for name, column in predictions.items()})
     assert found["fused/num_objects"] == 6.0 and found == fused_details({name: column[:6] for name, column in predictions.items()})
     monkeypatch.setattr(fusion, "_TOLD_WORK", 1.0)
     single = {**predictions, "num_queries": np.ones(9, dtype=np.int64)}

@@ -69,6 +69,61 @@ def test_loss_value_and_gradients_equal_double_loop(case, positives):
     torch.testing.assert_close(gradients, expected_gradients, atol=1e-7, rtol=0)
 
 
+def naive_loss_between_images(image, view_mask, group, scale):
+    """One image and one logit at a time."""
+    objects, views, _ = image.shape
+    present = [(j, v) for j in range(objects) for v in range(views) if view_mask[j, v]]
+    terms = []
+    for i, v in present:
+        own = [(scale * image[i, v] @ image[j, w]).exp() for j, w in present if j == i and w != v]
+        others = [(scale * image[i, v] @ image[j, w]).exp() for j, w in present if group[j] != group[i]]
+        if own:
+            terms.append(-(sum(own) / (sum(own) + sum(others))).log())
+    return sum(terms) / len(terms)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.02])  # small logits and large ones are summed in different ways
+@pytest.mark.parametrize("case", ["full", "unequal views", "duplicates", "objects with one view or none"])
+def test_loss_between_images_value_and_gradients_equal_double_loop(case, temperature):
+    _, image, view_mask, group = random_batch()
+    if case != "full":
+        view_mask[1, 2:] = False
+        view_mask[4, 0] = False
+    if case == "duplicates":
+        group[3] = group[0]
+        group[5] = group[0]
+    if case == "objects with one view or none":
+        view_mask[0, 1:] = False
+        view_mask[2] = False
+    loss = MultiPositiveContrastiveLoss(temperature, learned=True).double()
+    value, gradients = value_and_gradients(loss.between_images(image, view_mask, group), image)
+    expected, expected_gradients = value_and_gradients(naive_loss_between_images(image, view_mask, group, loss.scale.detach()), image)
+    torch.testing.assert_close(value, expected, atol=1e-7, rtol=0)
+    torch.testing.assert_close(gradients, expected_gradients, atol=1e-7, rtol=0)
+
+
+def test_loss_between_images_has_hand_value():
+    # Objects e1 and e2, two equal views each, scale 1: one positive of logit 1, two negatives of logit 0.
+    image = torch.eye(2).unsqueeze(1).repeat(1, 2, 1)
+    actual = MultiPositiveContrastiveLoss(temperature=1.0).between_images(image, torch.ones(2, 2, dtype=torch.bool), torch.arange(2))
+    assert actual.item() == pytest.approx(math.log(math.e + 2) - 1, abs=1e-6)
+
+
+@pytest.mark.parametrize("case", ["one view each", "one object", "no views", "only duplicates"])
+def test_loss_between_images_without_pairs_is_zero_with_finite_gradient(case):
+    _, image, view_mask, group = random_batch(dtype=torch.float32)
+    if case == "one view each":
+        view_mask[:, 1:] = False
+    elif case == "one object":
+        view_mask[1:] = False
+    elif case == "no views":
+        view_mask[:] = False
+    else:
+        group[:] = 5
+    value, (gradient,) = value_and_gradients(MultiPositiveContrastiveLoss().between_images(image, view_mask, group), image)
+    assert value == 0 and (gradient == 0).all()
+
+
 @pytest.mark.parametrize("positives", ["outside", "inside"])
 def test_loss_one_view_equals_symmetric_cross_entropy(positives):
     cad, image, view_mask, group = random_batch(views=1, dtype=torch.float32)

@@ -173,12 +173,18 @@ def test_chance_metrics_of_fewer_objects_than_k_are_one():
     assert chance_metrics(np.arange(2))["recall@1"] == 0.5
 
 
+def matching_metrics(views, num_views, queries, num_queries, group):
+    return view_matching_metrics(
+        {"views": views, "num_views": num_views, "query_views": queries, "num_query_views": num_queries, "group": group}
+    )
+
+
 def test_view_matching_finds_the_object_of_the_best_view():
     views = np.zeros((3, 2, 2), dtype=np.float16)
     views[0], views[1], views[2, 0] = unit(0, 180), unit(90, 200), 5 * unit(45)[0]  # length does not count
     queries = np.zeros((3, 2, 2), dtype=np.float16)
     queries[0], queries[1], queries[2, 0] = unit(170, 5), unit(95, 100), unit(10)[0]
-    metrics = view_matching_metrics(views, np.array([2, 2, 1]), queries, np.array([2, 2, 1]), np.arange(3))
+    metrics = matching_metrics(views, np.array([2, 2, 1]), queries, np.array([2, 2, 1]), np.arange(3))
     # 170° is 10° from 180°, 5° from 0° is right, 95° and 100° are near 90°; 10° is nearer to 0° than to 45°.
     assert metrics["image_to_mesh/recall@1"] == pytest.approx(4 / 5)
     assert metrics["image_to_mesh/all_views/recall@1"] == pytest.approx(2 / 3)
@@ -188,7 +194,7 @@ def test_view_matching_finds_the_object_of_the_best_view():
 
 def test_view_matching_with_one_view_equals_retrieval_of_the_same_vectors():
     p = random_predictions(3, views=1)
-    matching = view_matching_metrics(p["cad"][:, None], np.ones(12, int), p["query"], p["num_queries"], p["group"])
+    matching = matching_metrics(p["cad"][:, None], np.ones(12, int), p["query"], p["num_queries"], p["group"])
     metrics = retrieval_metrics(p)
     for name in matching:
         assert matching[name] == pytest.approx(metrics[name]), name
@@ -196,14 +202,14 @@ def test_view_matching_with_one_view_equals_retrieval_of_the_same_vectors():
 
 def test_view_matching_of_equal_views_is_not_rewarded():
     same = np.ones((8, 2, 4), dtype=np.float16)
-    metrics = view_matching_metrics(same, np.full(8, 2), same, np.full(8, 2), np.arange(8))
+    metrics = matching_metrics(same, np.full(8, 2), same, np.full(8, 2), np.arange(8))
     assert metrics["image_to_mesh/recall@5"] == metrics["mesh_to_image/recall@5"] == 0
 
 
 def test_view_matching_leaves_out_objects_without_a_query_image():
     views, queries = unit(0, 90, 180)[:, None], unit(0, 90, 180)[:, None]
     with np.errstate(all="raise"):
-        metrics = view_matching_metrics(views, np.ones(3, int), queries, np.array([1, 0, 1]), np.arange(3))
+        metrics = matching_metrics(views, np.ones(3, int), queries, np.array([1, 0, 1]), np.arange(3))
     assert metrics["image_to_mesh/recall@1"] == 1
 
 

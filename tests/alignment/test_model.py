@@ -279,17 +279,20 @@ def naive_head(head, x):
             gate = (logits + head.gate.bias).softmax(0)
             chosen = gate.topk(head.config.top_k or len(gate)).indices.tolist()
             y = sum(gate[e] * (head.weight[e] @ row + head.bias[e]) for e in chosen)
-            if head.config.top_k:
+            if head.config.residual:
+                y = y + head.residual_weight @ row + head.residual_bias
+            elif head.config.top_k:
                 left = 1 - sum(gate[e] for e in chosen)
                 y = y + left * (head.shared.weight @ row + head.shared.bias)
         rows.append(y / y.norm())
     return torch.stack(rows)
 
 
+@pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("config", [(1, 0), (4, 0), (4, 1), (4, 2), (8, 3)])
-def test_head_value_and_gradients_equal_naive_experts(config):
+def test_head_value_and_gradients_equal_naive_experts(config, residual):
     torch.manual_seed(0)
-    head = MixtureOfExperts(HeadConfig(num_experts=config[0], top_k=config[1]), in_dim=10, embed_dim=6)
+    head = MixtureOfExperts(HeadConfig(num_experts=config[0], top_k=config[1], residual=residual), in_dim=10, embed_dim=6)
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     x = torch.randn(17, 10, requires_grad=True)
@@ -305,10 +308,38 @@ def test_head_value_and_gradients_equal_naive_experts(config):
     )
 
 
+@pytest.mark.parametrize("config", [(4, 0), (4, 1), (4, 2)])
+def test_residual_head_starts_as_the_linear_head_of_the_same_seed(config):
+    x = torch.randn(17, 10)
+    torch.manual_seed(3)
+    linear = MixtureOfExperts(HeadConfig(num_experts=1), in_dim=10, embed_dim=6)
+    torch.manual_seed(3)
+    head = MixtureOfExperts(HeadConfig(num_experts=config[0], top_k=config[1], residual=True), in_dim=10, embed_dim=6)
+    assert torch.equal(head(x)[0], linear(x)[0])
+    # What stands at zero still learns: the experts at once, the gate from the second step on.
+    optimizer = torch.optim.SGD(head.parameters(), lr=1.0)
+    target = torch.randn(17, 6)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (head(x)[0] * target).sum().backward()
+        optimizer.step()
+    assert head.weight.abs().max() > 1e-3 and head.gate.weight.grad.abs().max() > 1e-5
+
+
+def test_residual_changes_nothing_of_a_head_with_one_expert():
+    torch.manual_seed(3)
+    plain = MixtureOfExperts(HeadConfig(num_experts=1), in_dim=10, embed_dim=6)
+    torch.manual_seed(3)
+    residual = MixtureOfExperts(HeadConfig(num_experts=1, residual=True), in_dim=10, embed_dim=6)
+    assert plain.state_dict().keys() == residual.state_dict().keys()
+    assert all(torch.equal(plain.state_dict()[name], value) for name, value in residual.state_dict().items())
+
+
+@pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("config", [(1, 0), (4, 0), (16, 1), (16, 2)])
 @pytest.mark.parametrize("rows", [0, 1, 5])
-def test_head_every_parameter_gets_a_gradient_also_without_rows(config, rows):
-    head = MixtureOfExperts(HeadConfig(num_experts=config[0], top_k=config[1]), in_dim=10, embed_dim=6)
+def test_head_every_parameter_gets_a_gradient_also_without_rows(config, rows, residual):
+    head = MixtureOfExperts(HeadConfig(num_experts=config[0], top_k=config[1], residual=residual), in_dim=10, embed_dim=6)
     embedding, scalars = head(torch.randn(rows, 10))
     (embedding.sum() + scalars["loss"]).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in head.parameters())

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cad_models.common import retrieval as retrieval_module
 from cad_models.common.retrieval import mean_average_precision, median_rank, ranks, recall_at, top_k
 
 
@@ -135,3 +136,42 @@ def test_top_k_of_nothing_is_empty(sizes):
 def test_top_k_zero_raises():
     with pytest.raises(ValueError, match="k is 0"):
         top_k(torch.eye(2), torch.eye(2), 0)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("clustered", [True, False])
+def test_top_k_of_many_queries_with_and_without_bfloat16_units_equals_exact_order(native, clustered, monkeypatch):
+    # Clusters of 60 items closer than bfloat16 can tell send their queries on to float32, and to the whole gallery.
+    monkeypatch.setattr(retrieval_module, "_multiplies_bfloat16", lambda device: native)
+    generator = torch.Generator().manual_seed(3)
+    gallery = torch.randn(3000, 96, generator=generator)
+    if clustered:
+        gallery = gallery[:50].repeat(60, 1) + 1e-4 * gallery
+    gallery = F.normalize(gallery, dim=1)
+    queries = F.normalize(gallery[:200] + 0.05 * torch.randn(200, 96, generator=generator), dim=1)
+    exact = (queries.double() @ gallery.double().T).float().sort(dim=1, descending=True, stable=True)
+    for chunk in (None, 320, 333):
+        scores, index = top_k(queries, gallery, 10, chunk=chunk)
+        assert torch.equal(index, exact.indices[:, :10])
+        assert torch.equal(scores, exact.values[:, :10])
+
+
+def test_scores_above_a_bound_equal_those_found_one_by_one():
+    generator = torch.Generator().manual_seed(4)
+    scores, bound = torch.randn(7, 96, generator=generator), torch.tensor([-9.0, 0.0, 1.0, 2.0, 9.0, -torch.inf, torch.inf])
+    values, columns = retrieval_module._above(scores, bound)
+    for row in range(7):
+        expected = {(column, scores[row, column].item()) for column in range(96) if scores[row, column] > bound[row]}
+        real = values[row] > -torch.inf
+        assert {(c, v) for c, v in zip(columns[row][real].tolist(), values[row][real].tolist(), strict=True)} == expected
+
+
+def test_top_k_bfloat16_error_bound_covers_every_product():
+    # The bound is what exactness rests on: no product of the search may be off by more.
+    generator = torch.Generator().manual_seed(5)
+    queries, gallery = torch.randn(150, 200, generator=generator), 3 * torch.randn(400, 200, generator=generator)
+    searched = (queries.bfloat16() @ gallery.bfloat16().T).double()
+    exact = queries.double() @ gallery.double().T
+    lengths = queries.double().norm(dim=1)[:, None] * gallery.double().norm(dim=1)
+    bound = (202 * 2.0**-24 + retrieval_module._BFLOAT16_FACTORS) * lengths + 2.0**-8 * searched.abs()
+    assert ((searched - exact).abs() <= bound).all()

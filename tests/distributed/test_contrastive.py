@@ -33,7 +33,7 @@ class SmallModel(nn.Module):
         flat, scalars = self.head(views[view_mask])
         image = cad.new_zeros(*view_mask.shape, cad.shape[1])
         image[view_mask] = flat.to(image.dtype)
-        return self.loss(cad, image, view_mask, group) + scalars["loss"]
+        return self.loss(cad, image, view_mask, group) + 0.5 * self.loss.between_images(image, view_mask, group) + scalars["loss"]
 
 
 def whole_batch():

@@ -1,6 +1,7 @@
 """embed.py without Ray: embeddings of a part, resuming, what is refused; and whole runs, one of them killed."""
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -58,9 +59,40 @@ def write_views(dataset, index, counts, *, image=None):
     return {"key": "k", "num_rows": len(rows), "splits": {}, "objects": "o", "views": info.sha256}
 
 
+def noisy(image, rng):
+    return rng.integers(0, 256, image.shape).astype(np.uint8)
+
+
 @pytest.fixture
 def dataset(tmp_path):
     return DatasetFolder(str(tmp_path / "ds"))
+
+
+def test_changed_versions_lie_by_image_and_are_seeded_by_its_bytes(dataset):
+    same = encode_png(picture(1))
+    parts = [write_views(dataset, 0, [(2, 1), (3, 0)]), write_views(dataset, 1, [(2, 2)], image=same)]
+    changed = EmbedColumn(source=("views", "images"), name="changed", count="num_changed", change=noisy, copies=3)
+    encoder = MeanColor()
+    for index, part in enumerate(parts):
+        result = embed_part(dataset, KIND, index, part, (*COLUMNS, changed), encoder)
+        assert result.part["max_views"] == max(3, 2) - (index == 1)
+    assert dataset.read_part(KIND, 0).column("num_changed").to_pylist() == [6, 9]
+    views = dataset.read_part("views", 0).column("images").to_pylist()
+    for got, images in zip(to_numpy(dataset.read_part(KIND, 0), "changed"), views, strict=True):
+        assert got.shape == (3 * len(images), 6) and len(np.unique(got, axis=0)) == len(got)
+        seeds = [int(hashlib.sha256(image).hexdigest()[:16], 16) for image in images]
+        for row, (image, seed, copy) in zip(got, [(i, s, c) for i, s in zip(images, seeds, strict=True) for c in range(3)], strict=True):
+            expected = prepare_image(noisy(decode_image(image), np.random.default_rng([seed, copy])), size=32)
+            np.testing.assert_array_equal(row, encoder.encode_squares([expected])[0].astype(np.float16))
+    first, second = np.split(to_numpy(dataset.read_part(KIND, 1), "changed")[0], 2)
+    np.testing.assert_array_equal(first, second)  # the same picture, changed in the same ways
+
+
+def test_key_of_plain_columns_does_not_know_of_changes_and_that_of_changes_does():
+    part, encoder = {"views": "v"}, MeanColor()
+    columns = [dataclasses.replace(COLUMNS[0], change=change, copies=copies) for change in (noisy, picture) for copies in (1, 2)]
+    keys = {embedding_key(part, [column], encoder) for column in (COLUMNS[0], *columns)}
+    assert len(keys) == 5
 
 
 def test_embed_part_gives_each_object_the_embeddings_of_its_own_images(dataset):

@@ -1,0 +1,244 @@
+"""What each part of the alignment recipe is worth: one row a change of the default recipe, several seeds each, on one dataset.
+
+    PYTHONPATH=. python benchmarks/ablations.py --dataset ds/ --output outputs/ablations --list
+    PYTHONPATH=. python benchmarks/ablations.py --dataset ds/ --output outputs/ablations --rows default linear_head --seeds 0 1 2
+
+The dataset needs the embeddings of ``hog`` (for the rival) and of every encoder that a row names. Runs that are finished are reused; ``ablations.json``
+and ``ablations.md`` in the output folder cover all rows that have runs of all seeds. Figures are means over the seeds on the test split; intervals (95 %)
+are bootstraps over objects of the seeds' mean, differences are paired: both sides answer the same queries, with the same resamples.
+"""
+
+import argparse
+import dataclasses
+import json
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cad_models.alignment.metrics import Ranks, hits_by_object, learned_ranks, matching_ranks, query_bank_ranks
+from cad_models.alignment.recipe import RECIPE
+from cad_models.checkpoint import Member, load_member
+from cad_models.common.bootstrap import ratio_intervals
+from cad_models.config import Recipe, replace_all
+from cad_models.task import Columns, Predictions
+from cad_models.tasks import TASKS
+from rayjobs.loop import LoopConfig
+from rayjobs.named_runs import command_line
+from rayjobs.predictions import predict_split
+from rayjobs.resources import ScaleConfig
+from rayjobs.streams import concatenated
+from rayjobs.train import TrainJob, fit, loop_config
+
+BEFORE: dict[str, Any] = {
+    "data.encoder": "hog",
+    "data.augmented_share": 0.0,
+    "data.views_per_step": 0,
+    "model.residual_head": False,
+    "loss.image_weight": 0.0,
+    "loss.router_z_weight": 0.0,
+}
+"""The default recipe without what the rows of this table brought."""
+
+ROWS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "before": BEFORE,
+    "hog": {"data.encoder": "hog"},
+    "no_augmented_views": {"data.augmented_share": 0.0},
+    "no_image_loss": {"loss.image_weight": 0.0},
+    "linear_head": {"model.num_experts": 1},
+    "plain_experts": {"model.residual_head": False},
+    "plain_experts_balanced": {"model.residual_head": False, "loss.balance_weight": 0.01, "loss.router_z_weight": 0.001},
+    "no_normals": {"model.channels": "xyz"},
+    "rotation": {"data.augment.max_rotation_deg": 180.0},
+    "no_scaling": {"data.augment.max_scale": 1.0, "data.augment.max_shift": 0.0},
+    "patch_dropout": {"model.patch_dropout": 0.5},
+    "no_ema": {"optim.ema_decay": 0.0},
+    "views_8": {"data.views_per_step": 8},
+    "embed_256": {"model.embed_dim": 256},
+    "temperature_0.04": {"loss.temperature": 0.04},
+}
+"""Name -> what the row changes in the default recipe; every row's recipe is told by its command."""
+
+SHOWN = tuple(f"image_to_mesh/{infix}recall@{k}" for infix in ("", "crop/", "roll/", "roll_crop/") for k in (1, 3)) + ("mesh_to_image/recall@3",)
+
+Hits = Mapping[str, tuple[np.ndarray, np.ndarray]]
+
+
+def mean_hits(seeds: Sequence[Hits]) -> Hits:
+    """Hits of each object, averaged over runs that answered the same queries."""
+    return {name: (np.mean([hits[name][0] for hits in seeds], axis=0), counts) for name, (_, counts) in seeds[0].items()}
+
+
+def figures(side: Hits, other: Hits | None = None) -> dict[str, tuple[float, float, float]]:
+    """Metric -> (value, low, high) of a side, or of its difference to another one."""
+    names = list(SHOWN)
+    hits = np.stack([side[name][0] - (0 if other is None else other[name][0]) for name in names], axis=1)
+    counts = np.stack([side[name][1] for name in names], axis=1)
+    low, high = ratio_intervals(hits, counts)
+    values = hits.sum(axis=0) / counts.sum(axis=0)
+    return {name: (float(v), float(least), float(most)) for name, v, least, most in zip(names, values, low, high, strict=True)}
+
+
+def recipe_of(row: str, seed: int, common: Mapping[str, Any]) -> Recipe:
+    """The recipe of one run of a row."""
+    return replace_all(RECIPE, {"data.encoder": "hog_polar", **common, **ROWS[row], "seed": seed})
+
+
+def command_of(row: str, dataset: str, common: Mapping[str, Any], seeds: Sequence[int]) -> str:
+    """What trains the same: one member a seed."""
+    recipe = dataclasses.replace(recipe_of(row, 0, common), seed=RECIPE.seed)
+    return shlex.join(command_line(TrainJob(task="alignment", recipe=recipe, dataset=dataset, seeds=tuple(seeds))))
+
+
+class Bench:
+    """Trains runs, or finds them finished, and ranks the test split by them.
+
+    Args:
+        common: Recipe changes of all rows: the budget.
+    """
+
+    def __init__(self, dataset: str, output: str, common: Mapping[str, Any], *, num_threads: int) -> None:
+        self.dataset, self.output, self.common = dataset, output, common
+        self.scale = ScaleConfig(num_workers=0, threads_per_worker=num_threads)
+
+    def loop(self, recipe: Recipe, name: str) -> LoopConfig:
+        """The loop's configuration of a run in this process."""
+        return loop_config(
+            task_name="alignment", recipe=recipe, dataset_uri=self.dataset, output=f"{self.output}/runs", name=name, scale=self.scale, plan=None
+        )
+
+    def train(self, row: str, seed: int) -> None:
+        """Train a run unless it is finished."""
+        loop = self.loop(recipe_of(row, seed, self.common), f"{row}-{seed}")
+        started, cpu = time.monotonic(), time.process_time()
+        done = (Path(self.output) / f"runs/{row}-{seed}/result.json").exists()
+        if not fit(loop, None, quiet=True):
+            raise SystemExit(f"{row}-{seed} was stopped: the same command goes on")
+        if not done:
+            seconds = {"wall_s": time.monotonic() - started, "cpu_s": time.process_time() - cpu}
+            (Path(self.output) / f"runs/{row}-{seed}/seconds.json").write_text(json.dumps(seconds))
+            print(f"{row}-{seed}: {seconds['wall_s']:.0f} s, {seconds['cpu_s']:.0f} s of CPU", flush=True)
+
+    def best(self, row: str, seed: int) -> tuple[Member, LoopConfig]:
+        """The best checkpoint of a finished run."""
+        loop = self.loop(recipe_of(row, seed, self.common), f"{row}-{seed}")
+        return load_member(Path(self.output) / f"runs/{row}-{seed}/best/mean"), loop
+
+    def columns(self, recipe: Recipe, split: str) -> Columns:
+        """A whole split as the recipe reads it."""
+        return concatenated(list(getattr(self.loop(recipe, "unused"), split).parts(0, 1)))
+
+    def rival(self) -> dict[str, Ranks]:
+        """Render the gallery, match views: cosines of HOG."""
+        return matching_ranks(self.columns(replace_all(RECIPE, {**self.common, "data.encoder": "hog"}), "test"))
+
+
+def through_head(member: Member, columns: Columns) -> Columns:
+    """The frozen embeddings of views and query images, replaced by the trained head's."""
+    import torch
+
+    changed = dict(columns)
+    for name, value in columns.items():
+        if name == "views" or name.startswith("query_views"):
+            with torch.inference_mode():
+                rows = torch.from_numpy(value.reshape(-1, value.shape[-1]).astype(np.float32))
+                changed[name] = member.learner.embed_images(rows).numpy().reshape(*value.shape[:2], -1)
+    return changed
+
+
+def measured(bench: Bench, row: str, seeds: Sequence[int]) -> dict[str, Hits]:
+    """Sides that the runs of a row give: the model alone, its head on rendered views, its scores normalised by a bank, the seeds' ensemble."""
+    alone, head, bank, predictions = [], [], [], []
+    for seed in seeds:
+        member, loop = bench.best(row, seed)
+        test: Predictions = predict_split(TASKS["alignment"], loop.recipe, member.learner, loop.test, "cpu")
+        train: Predictions = predict_split(TASKS["alignment"], loop.recipe, member.learner, loop.train, "cpu")
+        columns = bench.columns(loop.recipe, "test")
+        number = len(test["group"])
+        alone.append(hits_by_object(learned_ranks(test), number))
+        head.append(hits_by_object(matching_ranks(through_head(member, columns)), number))
+        bank.append(hits_by_object(query_bank_ranks(test, train["query"][np.arange(train["query"].shape[1]) < train["num_queries"][:, None]]), number))
+        predictions.append(test)
+    sides = {row: mean_hits(alone), f"{row}, head on 24 rendered views": mean_hits(head), f"{row}, query bank": mean_hits(bank)}
+    if len(seeds) > 1:
+        sides[f"{row}, ensemble of {len(seeds)} seeds"] = hits_by_object(learned_ranks(TASKS["alignment"].combine(predictions)), number)
+        best = max(range(len(seeds)), key=lambda i: alone[i]["image_to_mesh/recall@3"][0].sum())
+        sides[f"{row}, best seed on test"] = alone[best]
+    return sides
+
+
+def table(sides: Mapping[str, Hits], other: str | None) -> str:
+    """Markdown: a row a side, figures with intervals in points; differences to the side ``other`` where it is given."""
+    titles = {name: name.removeprefix("image_to_mesh/").replace("recall@", "R@") for name in SHOWN}
+    lines = ["| " + " | ".join(["row" if other is None else f"minus {other}", *titles.values()]) + " |", "| --- " * (len(SHOWN) + 1) + "|"]
+    for name, side in sides.items():
+        if name == other:
+            continue
+        found = figures(side, None if other is None else sides[other])
+        sign = "" if other is None else "+"
+        cells = [f"{100 * v:{sign}.0f} [{100 * low:{sign}.0f}, {100 * high:{sign}.0f}]" for v, low, high in found.values()]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Train what is missing, then write both tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="NAME", help=", ".join(ROWS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, default=RECIPE.schedule.num_epochs)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--list", action="store_true", help="tell each row's command, and end")
+    parser.add_argument("--train-only", action="store_true", help="train what is missing, and end")
+    flags = parser.parse_args()
+    # Evaluations cost as much as an epoch: a few of them are enough to pick a checkpoint.
+    common = {"schedule.num_epochs": flags.epochs, "schedule.eval_every_epochs": max(1, flags.epochs // 8)}
+    if flags.list:
+        for row in flags.rows:
+            print(f"{row}: {command_of(row, flags.dataset, common, flags.seeds)}")
+        return
+    bench = Bench(flags.dataset, flags.output, common, num_threads=flags.threads)
+    for seed in flags.seeds:
+        for row in flags.rows:
+            bench.train(row, seed)
+    if flags.train_only:
+        return
+    number = len(bench.columns(recipe_of(flags.rows[0], 0, common), "test")["group"])
+    sides: dict[str, Hits] = {"rival: HOG on 24 rendered views": hits_by_object(bench.rival(), number)}
+    for row in flags.rows:
+        sides |= measured(bench, row, flags.seeds)
+    seconds = {
+        row: [json.loads((Path(flags.output) / f"runs/{row}-{seed}/seconds.json").read_text())["cpu_s"] for seed in flags.seeds] for row in flags.rows
+    }
+    commands = {row: command_of(row, flags.dataset, common, flags.seeds) for row in flags.rows}
+    result = {
+        "dataset": flags.dataset,
+        "seeds": flags.seeds,
+        "epochs": flags.epochs,
+        "cpu_seconds": seconds,
+        "commands": commands,
+        "recall": {name: figures(side) for name, side in sides.items()},
+        "differences": {other: {name: figures(side, sides[other]) for name, side in sides.items() if name != other} for other in (next(iter(sides)), flags.rows[0])},
+    }
+    (Path(flags.output) / "ablations.json").write_text(json.dumps(result, indent=1))
+    text = "\n\n".join(
+        [
+            f"Test split, {number} objects, {len(flags.seeds)} seeds, {flags.epochs} epochs. Image -> mesh unless said otherwise, in points.",
+            table(sides, None),
+            table(sides, next(iter(sides))),
+            table(sides, flags.rows[0]),
+            "\n".join(f"- {row} ({np.mean(seconds[row]):.0f} s of CPU a run): `{commands[row]}`" for row in flags.rows),
+        ]
+    )
+    (Path(flags.output) / "ablations.md").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
