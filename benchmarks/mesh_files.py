@@ -63,17 +63,18 @@ def read_pairs(file: Path) -> list[Pair]:
 
 def duplicate_groups(meshes: Sequence[Path]) -> np.ndarray:
     """Of each mesh the index of the first of the same geometry, int64 [n]; files that are no usable mesh are alone."""
-    signatures, faces = [], []
+    usable, signatures, faces = [], [], []
     for i, path in enumerate(meshes):
         try:
             mesh = read_mesh(path)
         except BadMesh:
-            signatures.append(np.zeros(1))  # compared with nothing: no other has its number of faces
-            faces.append(-1 - i)
             continue
+        usable.append(i)
         signatures.append(geometry_signature(mesh))
         faces.append(len(mesh.faces))  # those with an area, as prepare.py counts: another file may lack the others
-    return group_duplicates(signatures, faces)
+    first, places = np.arange(len(meshes)), np.array(usable, dtype=np.int64)
+    first[places] = places[group_duplicates(signatures, faces)]
+    return first
 
 
 def _rows(file: Path, columns: Sequence[str]) -> list[dict[str, str]]:
