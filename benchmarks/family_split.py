@@ -29,7 +29,7 @@ def family_split(
         held_out: Indices of meshes whose families go to test.
     """
     numbers = np.unique(family, return_inverse=True)[1]
-    groups = np.array(joined(numbers.tolist(), [(int(numbers[i]), int(numbers[first])) for i, first in enumerate(duplicate) if first != i]))
+    groups = np.array(joined(numbers.tolist(), list(enumerate(duplicate))))
     split = dict.fromkeys(groups.tolist(), "train")
     size = {number: int((groups == number).sum()) for number in split}
     taken = {"test": 0, "val": 0}

@@ -26,7 +26,9 @@ from cad_models.alignment.answers import combine_embeddings
 from cad_models.common.cameras import ring_cameras
 from cad_models.common.encoders import ImageEncoder, build_encoder
 from cad_models.common.images import decode_image, prepare_image
-from cad_models.common.meshes import MESH_SUFFIXES, BadMesh, read_mesh
+from cad_models.common.meshes import MESH_SUFFIXES, BadMesh, normalized, read_mesh
+from cad_models.common.near_duplicates import near_duplicates, shape_points
+from cad_models.common.points import sample_surface
 from cad_models.common.rendering import render_views
 from cad_models.common.score_ranks import score_ranks
 from cad_models.ensemble import Ensemble, InputProcessor
@@ -185,14 +187,20 @@ def unique_meshes(pairs: Sequence[Pair], gallery: Path) -> tuple[list[Path], dic
     return [usable[i] for i in kept], {cad: position[first[i]] for i, cad in enumerate(cads)}, files
 
 
-def trained_on(cads: Mapping[Path, int], files: Mapping[int, Sequence[Path]], dataset: str) -> dict[str, list[str]]:
-    """Split of the dataset -> CAD files that are in it, themselves or as an exact duplicate (by geometry) among the files of the search."""
+def trained_on(cads: Mapping[Path, int], meshes: Sequence[Path], files: Mapping[int, Sequence[Path]], dataset: str) -> dict[str, list[str]]:
+    """Split of the dataset -> CAD files that are in it, themselves or as an exact duplicate (by geometry) among the files of the search; ``nearly train``:
+    those of which a near duplicate (`cad_models.common.near_duplicates`) is."""
     splits = splits_by_digest(dataset)
+    split_of = {i: {splits.get(hashlib.sha256(path.read_bytes()).hexdigest(), "not in the dataset") for path in own} for i, own in files.items()}
     found: dict[str, list[str]] = {}
     for cad, position in cads.items():
-        named = {splits.get(hashlib.sha256(path.read_bytes()).hexdigest(), "") for path in files[position]} - {""}
-        for split in named or {"not in the dataset"}:
+        for split in split_of[position] - {"not in the dataset"} or {"not in the dataset"}:
             found.setdefault(split, []).append(cad.name)
+    shapes = np.stack([shape_points(sample_surface(normalized(read_mesh(path)), 2_048, 0)[0]) for path in meshes])
+    pairs = near_duplicates(shapes)
+    alike = {a for i, j, _ in pairs for a, b in ((i, j), (j, i)) if "train" in split_of[b]}
+    if near := [cad.name for cad, position in cads.items() if position in alike and "train" not in split_of[position]]:
+        found["nearly train"] = near
     return found
 
 
@@ -209,7 +217,7 @@ def main() -> None:
     try:
         pairs = read_pairs(Path(flags.pairs))
         meshes, position, files = unique_meshes(pairs, Path(flags.gallery))
-        seen = trained_on(position, files, flags.dataset) if flags.dataset else {}
+        seen = trained_on(position, meshes, files, flags.dataset) if flags.dataset else {}
         with named_ensemble(flags.model) as ensemble:
             images = [pair.image for pair in pairs]
             scores, bad = learned_scores(ensemble, images, meshes)
@@ -223,8 +231,10 @@ def main() -> None:
     print(f"{len(pairs)} pictures of {len(position)} meshes; {len(meshes)} meshes to search in, each geometry once")
     for m, name in enumerate(members, start=1):
         print(f"member {m}: {name}")
-    for split, names in sorted(seen.items()):
-        print(f"meshes of the pairs in {split}: {len(names)}" + (f" ({', '.join(sorted(names))})" if split == "train" else ""))
+    if seen:
+        print("splits of the pairs' meshes: " + ", ".join(f"{len(names)} {split}" for split, names in sorted(seen.items())))
+        for split, told in (("train", "trained on"), ("nearly train", "a near duplicate was trained on")):
+            print(f"{told}: {', '.join(sorted(seen.get(split, []))) or 'of none of them'}")
     told = pair_figures(scores, [position[pair.cad] for pair in pairs], [pair.kind for pair in pairs])
     print(f"\n{table(told)}")
     result = {"members": members, "num_meshes": len(meshes), "pairs_by_split": seen, "figures": told}

@@ -63,7 +63,6 @@ def read_pairs(file: Path) -> list[Pair]:
 
 def duplicate_groups(meshes: Sequence[Path]) -> np.ndarray:
     """Of each mesh the index of the first of the same geometry, int64 [n]; files that are no usable mesh are alone."""
-    first = np.arange(len(meshes), dtype=np.int64)
     usable, signatures, faces = [], [], []
     for i, path in enumerate(meshes):
         try:
@@ -73,8 +72,8 @@ def duplicate_groups(meshes: Sequence[Path]) -> np.ndarray:
         usable.append(i)
         signatures.append(geometry_signature(mesh))
         faces.append(len(mesh.faces))  # those with an area, as prepare.py counts: another file may lack the others
-    if usable:
-        first[usable] = np.array(usable)[group_duplicates(signatures, faces)]
+    first, places = np.arange(len(meshes)), np.array(usable, dtype=np.int64)
+    first[places] = places[group_duplicates(signatures, faces)]
     return first
 
 

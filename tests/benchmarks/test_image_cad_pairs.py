@@ -1,5 +1,6 @@
 """Best views, turned pictures and recalls by hand, and the whole benchmark on a few boxes."""
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import image_cad_pairs
-from benchmarks.image_cad_pairs import RIVAL, ROLLED, best_views, pair_figures, rolled, unique_meshes
+from benchmarks.image_cad_pairs import RIVAL, ROLLED, best_views, pair_figures, rolled, trained_on, unique_meshes
 from benchmarks.mesh_files import read_pairs
 from cad_models.common.cameras import Camera
 from cad_models.common.images import encode_png, prepare_image
@@ -93,6 +94,18 @@ def test_unique_meshes_have_each_geometry_once_and_leave_broken_files_out(few):
     assert [path.name for path in files[0]] == ["flat.off", "copy.off"]
 
 
+def test_trained_on_tells_copies_and_near_duplicates_of_the_pairs(few, monkeypatch):
+    digests = {}
+    for name, split in (("g/copy.off", "val"), ("g/cube.off", "test"), ("g/longer.off", "train")):
+        if name == "g/longer.off":
+            write_mesh(few / name, box(1.0, 1.0, 6.05))
+        digests[hashlib.sha256((few / name).read_bytes()).hexdigest()] = split
+    monkeypatch.setattr(image_cad_pairs, "splits_by_digest", lambda dataset: digests)
+    meshes, position, files = unique_meshes(read_pairs(few / "pairs.csv"), few / "g")
+    assert trained_on(position, meshes, files, "ds") == {"val": ["flat.off"], "not in the dataset": ["long.off"], "nearly train": ["long.off"]}
+
+
+@pytest.mark.slow
 def test_main_tells_members_ensemble_and_rival_and_writes_them(few, capsys, monkeypatch):
     members = [str(tiny_member(few / name)) for name in ("m0", "m1")]
     flags = ["--model", members[0], "--model", members[1], "--pairs", str(few / "pairs.csv"), "--gallery", str(few / "g"), "--output", str(few / "o/r.json")]
