@@ -3,8 +3,9 @@
     python cluster/local/start.py                                                     # prints what other shells need; Ctrl-C ends it
     python cluster/local/start.py --max-nodes 4 -- python rayjobs/tune.py --task alignment --dataset ds/ --search.max-concurrent 4
 
-The head has no CPUs for work, as in cluster/kuberay. Everything listens on loopback, on ports that were free, behind a token of its own; other Rays
-on the machine are left alone. For trying and testing: the nodes share the machine's cores and memory, so nothing becomes faster.
+The head has no CPUs for work, as in cluster/kuberay. It has a token of its own and ports that were free, and leaves other Rays on the machine alone.
+Dashboard and job server listen on loopback; Ray's ports between nodes do not, and demand the token. For trying and testing: the nodes share the
+machine's cores and memory, so nothing becomes faster.
 """
 
 import contextlib
@@ -32,8 +33,11 @@ if TYPE_CHECKING:
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 # Ray's name for the first of its fake nodes; the autoscaler counts the others on from it.
 _HEAD_ID = "f" * 51 + "00000"
+# Ray's fake provider knows its head by no other name.
+_HEAD_TYPE = "ray.head.default"
 _MARK = "CAD_LOCAL_CLUSTER"
 _OBJECT_STORE_BYTES = 200_000_000
+_LONGEST_START_S = 300  # Ray's own 30 s are short on a busy machine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,11 +100,12 @@ def running(cluster: LocalCluster) -> Iterator[RunningCluster]:
     (folder / "autoscaling.yaml").write_text(json.dumps(_autoscaling(cluster, address, folder)))
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats", f"--num-cpus={cluster.head_cpus}"),
-        *("--node-ip-address=127.0.0.1", f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
+        *(f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
         *(f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}", "--min-worker-port=0", "--max-worker-port=0"),
         *(f"--object-store-memory={_OBJECT_STORE_BYTES}", f"--temp-dir={folder}/h", f"--autoscaling-config={folder}/autoscaling.yaml"),
     ]
     environment = {name: value for name, value in started.environment.items() if name != "RAY_ADDRESS"} | {
+        **{"RAY_raylet_start_wait_time_s": str(_LONGEST_START_S)},
         **{"RAY_enable_autoscaler_v2": "1", "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"},
         **{"RAY_CLOUD_INSTANCE_ID": _HEAD_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": _HEAD_ID, _MARK: mark},
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]),
@@ -139,7 +144,7 @@ def _autoscaling(cluster: LocalCluster, address: str, folder: Path) -> dict[str,
         "idle_timeout_minutes": cluster.idle_timeout_s / 60,
         "provider": {
             "type": "external",
-            "module": "cluster.local.node_provider.LoopbackNodeProvider",
+            "module": "cluster.local.node_provider.LocalNodeProvider",
             "use_node_id_as_ip": True,
             "disable_node_updaters": True,
             "disable_launch_config_check": True,
@@ -149,7 +154,7 @@ def _autoscaling(cluster: LocalCluster, address: str, folder: Path) -> dict[str,
             "node_temp_root": str(folder),
         },
         "available_node_types": {
-            "head": {"resources": {"CPU": cluster.head_cpus}, "node_config": {}, "max_workers": 0},
+            _HEAD_TYPE: {"resources": {"CPU": cluster.head_cpus}, "node_config": {}, "max_workers": 0},
             "cpu": {
                 "resources": {"CPU": cluster.cpus_per_node, "object_store_memory": _OBJECT_STORE_BYTES},
                 "node_config": {},
@@ -157,7 +162,7 @@ def _autoscaling(cluster: LocalCluster, address: str, folder: Path) -> dict[str,
                 "max_workers": cluster.max_nodes,
             },
         },
-        "head_node_type": "head",
+        "head_node_type": _HEAD_TYPE,
         "auth": {},
         "docker": {},
         "file_mounts": {},
@@ -170,16 +175,25 @@ def _autoscaling(cluster: LocalCluster, address: str, folder: Path) -> dict[str,
 
 
 def _wait_until_up(started: RunningCluster, head: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
+    """Until the autoscaler has reported: ``ray start`` says that all is well also when it fails at every step."""
+    deadline = time.monotonic() + _LONGEST_START_S
     while True:
-        failed = [path for path in started.folder.glob("h/session_latest/logs/monitor.err") if "Error" in path.read_text()]
-        if head.poll() is not None or failed or time.monotonic() > deadline:
-            told = (failed[0] if failed else started.folder / "head.log").read_text().splitlines()[-20:]
-            raise RuntimeError("the local cluster did not start:\n" + "\n".join(told))
         with contextlib.suppress(Exception):  # until it listens, Ray's client raises errors of several kinds
-            if started.num_nodes() == 1 and (started.folder / "h/session_latest/logs/monitor.log").exists():
+            if started.num_nodes() == 1 and _autoscaler_reports(started.gcs_address):
                 return
+        if head.poll() is not None or time.monotonic() > deadline:
+            logs = [started.folder / "head.log", *(started.folder / "h/session_latest/logs" / name for name in ("monitor.err", "monitor.log"))]
+            told = [line for log in logs if log.exists() for line in log.read_text().splitlines()[-10:]]
+            raise RuntimeError("the local cluster did not start:\n" + "\n".join(told))
         time.sleep(0.5)
+
+
+def _autoscaler_reports(address: str) -> bool:
+    from ray._raylet import GcsClient
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+
+    reply = GetClusterStatusReply.FromString(GcsClient(address=address).get_cluster_status(timeout_s=10))
+    return reply.autoscaling_state.autoscaler_state_version > 0
 
 
 def _report_groups(cluster: LocalCluster, address: str) -> None:
@@ -211,11 +225,12 @@ def processes(mark: str) -> "list[psutil.Process]":
 def _end_all(mark: str) -> None:
     import psutil
 
-    for signal_number in (signal.SIGTERM, signal.SIGKILL, signal.SIGKILL):
-        ours = processes(mark)
+    for attempt in range(10):  # what was just starting appears after the first look
+        if not (ours := processes(mark)):
+            return
         for process in ours:
             with contextlib.suppress(psutil.NoSuchProcess):
-                process.send_signal(signal_number)
+                process.send_signal(signal.SIGTERM if attempt == 0 else signal.SIGKILL)
         psutil.wait_procs(ours, timeout=5)
 
 
