@@ -88,11 +88,11 @@ def draw(watched: Watched, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 3), layout="constrained")
-    axes.axvspan(0, watched.ended_s, color="0.92", label="search")
+    axes.axvspan(0, watched.ended_s, color="0.92")
+    axes.text(watched.ended_s / 2, 0.25, "search", ha="center", color="0.4")
     axes.step([t for t, _ in watched.counts], [n for _, n in watched.counts], where="post", color="tab:blue")
     axes.set(xlabel="seconds since the search was started", ylabel="nodes, head included", ylim=(0, max(n for _, n in watched.counts) + 0.5), xlim=(0, None))
     axes.yaxis.get_major_locator().set_params(integer=True)
-    axes.legend(loc="upper right", frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
