@@ -5,6 +5,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from cluster.local.start import REPOSITORY, LocalCluster, RunningCluster, runnin
 
 # After a search Ray Train's last wish for resources keeps nodes alive for 180 s (a constant of Ray); then comes the idle time.
 _LONGEST_SHRINKING_S = 300.0
+_LONGEST_SEARCH_S = 1_200.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,7 @@ def watch(started: RunningCluster, command: list[str], folder: Path) -> Watched:
     thread.start()
     try:
         with (folder / "search.txt").open("w") as log:
-            status = subprocess.run(command, env=started.environment, stdout=log, stderr=subprocess.STDOUT, cwd=folder).returncode
+            status = subprocess.run(command, env=started.environment, stdout=log, stderr=subprocess.STDOUT, cwd=folder, timeout=_LONGEST_SEARCH_S).returncode
         ended = time.monotonic() - begun
         while time.monotonic() - begun < ended + _LONGEST_SHRINKING_S and (not counts or counts[-1][0] < ended or counts[-1][1] > 1):
             time.sleep(1.0)
@@ -86,17 +88,18 @@ def draw(watched: Watched, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 3), layout="constrained")
-    axes.axvspan(0, watched.ended_s, color="0.92", label="search")
+    axes.axvspan(0, watched.ended_s, color="0.92")
+    axes.text(watched.ended_s / 2, 0.25, "search", ha="center", color="0.4")
     axes.step([t for t, _ in watched.counts], [n for _, n in watched.counts], where="post", color="tab:blue")
     axes.set(xlabel="seconds since the search was started", ylabel="nodes, head included", ylim=(0, max(n for _, n in watched.counts) + 0.5), xlim=(0, None))
     axes.yaxis.get_major_locator().set_params(integer=True)
-    axes.legend(loc="upper right", frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def main(job: Autoscaling) -> int:
     """Measure, write, tell."""
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))  # else the cluster would outlive this program
     out = Path(job.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch, running(job.cluster) as started:

@@ -1,4 +1,4 @@
-"""Nodes of a fake cluster: raylets on loopback, started and stopped by Ray's real autoscaler."""
+"""Nodes of a fake cluster: raylets on this machine, started and stopped by Ray's real autoscaler."""
 
 import copy
 import json
@@ -19,11 +19,9 @@ from ray.autoscaler.tags import (
 )
 
 
-class LoopbackNodeProvider(FakeMultiNodeProvider):
-    """Ray's fake provider, with two differences: every node has a temporary folder of its own, and nothing listens beyond loopback.
-
-    With one folder for all, a new node's agent deletes the working directories that the jobs of the others run in.
-    """
+class LocalNodeProvider(FakeMultiNodeProvider):
+    """Ray's fake provider, but every node has a temporary folder of its own: with one for all, a new node's agent deletes the working directories
+    that the jobs of the others run in."""
 
     def _create_node_with_resources_and_labels(
         self, node_config: dict[str, Any], tags: dict[str, str], count: int, resources: dict[str, float], labels: dict[str, str]
@@ -32,7 +30,6 @@ class LoopbackNodeProvider(FakeMultiNodeProvider):
         with self.lock:
             node_type, node_id = tags[TAG_RAY_USER_NODE_TYPE], self._next_hex_node_id()
             parameters = RayParams(
-                node_ip_address="127.0.0.1",
                 gcs_address=self._gcs_address,
                 redis_address=self._gcs_address,
                 temp_dir=os.path.join(self.provider_config["node_temp_root"], f"n{self._next_node_id}"),

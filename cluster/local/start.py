@@ -3,8 +3,9 @@
     python cluster/local/start.py                                                     # prints what other shells need; Ctrl-C ends it
     python cluster/local/start.py --max-nodes 4 -- python rayjobs/tune.py --task alignment --dataset ds/ --search.max-concurrent 4
 
-The head has no CPUs for work, as in cluster/kuberay. Everything listens on loopback, on ports that were free, behind a token of its own; other Rays
-on the machine are left alone. For trying and testing: the nodes share the machine's cores and memory, so nothing becomes faster.
+The head has no CPUs for work, as in cluster/kuberay. It has a token of its own and ports that were free, and leaves other Rays on the machine alone.
+Dashboard and job server listen on loopback; Ray's ports between nodes do not, and demand the token. For trying and testing: the nodes share the
+machine's cores and memory, so nothing becomes faster.
 """
 
 import contextlib
@@ -32,8 +33,12 @@ if TYPE_CHECKING:
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 # Ray's name for the first of its fake nodes; the autoscaler counts the others on from it.
 _HEAD_ID = "f" * 51 + "00000"
+# Ray's fake provider knows its head by no other name.
+_HEAD_TYPE = "ray.head.default"
 _MARK = "CAD_LOCAL_CLUSTER"
 _OBJECT_STORE_BYTES = 200_000_000
+# On a busy machine one of Ray's processes may take longer than the others wait for it; then it helps to start again.
+_LONGEST_START_S, _ATTEMPTS = 120, 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +85,7 @@ def running(cluster: LocalCluster) -> Iterator[RunningCluster]:
     """Start a cluster, and end all of its processes afterwards, however the block ends.
 
     Raises:
-        RuntimeError: it did not start; with the last lines of Ray's log.
+        RuntimeError: it did not start; with the last lines of Ray's logs.
     """
     # Ray's sockets live below it, and their names may not be long.
     folder = Path(tempfile.mkdtemp(prefix="cad-", dir="/tmp"))
@@ -96,7 +101,7 @@ def running(cluster: LocalCluster) -> Iterator[RunningCluster]:
     (folder / "autoscaling.yaml").write_text(json.dumps(_autoscaling(cluster, address, folder)))
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats", f"--num-cpus={cluster.head_cpus}"),
-        *("--node-ip-address=127.0.0.1", f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
+        *(f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
         *(f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}", "--min-worker-port=0", "--max-worker-port=0"),
         *(f"--object-store-memory={_OBJECT_STORE_BYTES}", f"--temp-dir={folder}/h", f"--autoscaling-config={folder}/autoscaling.yaml"),
     ]
@@ -107,10 +112,16 @@ def running(cluster: LocalCluster) -> Iterator[RunningCluster]:
     }
     before = {name: os.environ.get(name) for name in reach}
     try:
-        with (folder / "head.log").open("w") as log:
-            head = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         os.environ.update(reach)  # for this process's own look at the cluster
-        _wait_until_up(started, head)
+        for attempt in range(1, _ATTEMPTS + 1):
+            with (folder / "head.log").open("w") as log:
+                head = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            if (problem := _wait_until_up(started, head)) is None:
+                break
+            _end_all(mark)
+            shutil.rmtree(folder / "h", ignore_errors=True)
+            if attempt == _ATTEMPTS:
+                raise RuntimeError(f"the local cluster did not start in {_ATTEMPTS} attempts:\n{problem}")
         _report_groups(cluster, address)
         yield started
     finally:
@@ -139,7 +150,7 @@ def _autoscaling(cluster: LocalCluster, address: str, folder: Path) -> dict[str,
         "idle_timeout_minutes": cluster.idle_timeout_s / 60,
         "provider": {
             "type": "external",
-            "module": "cluster.local.node_provider.LoopbackNodeProvider",
+            "module": "cluster.local.node_provider.LocalNodeProvider",
             "use_node_id_as_ip": True,
             "disable_node_updaters": True,
             "disable_launch_config_check": True,
@@ -149,7 +160,7 @@ def _autoscaling(cluster: LocalCluster, address: str, folder: Path) -> dict[str,
             "node_temp_root": str(folder),
         },
         "available_node_types": {
-            "head": {"resources": {"CPU": cluster.head_cpus}, "node_config": {}, "max_workers": 0},
+            _HEAD_TYPE: {"resources": {"CPU": cluster.head_cpus}, "node_config": {}, "max_workers": 0},
             "cpu": {
                 "resources": {"CPU": cluster.cpus_per_node, "object_store_memory": _OBJECT_STORE_BYTES},
                 "node_config": {},
@@ -157,7 +168,7 @@ def _autoscaling(cluster: LocalCluster, address: str, folder: Path) -> dict[str,
                 "max_workers": cluster.max_nodes,
             },
         },
-        "head_node_type": "head",
+        "head_node_type": _HEAD_TYPE,
         "auth": {},
         "docker": {},
         "file_mounts": {},
@@ -169,17 +180,24 @@ def _autoscaling(cluster: LocalCluster, address: str, folder: Path) -> dict[str,
     }
 
 
-def _wait_until_up(started: RunningCluster, head: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
-    while True:
-        failed = [path for path in started.folder.glob("h/session_latest/logs/monitor.err") if "Error" in path.read_text()]
-        if head.poll() is not None or failed or time.monotonic() > deadline:
-            told = (failed[0] if failed else started.folder / "head.log").read_text().splitlines()[-20:]
-            raise RuntimeError("the local cluster did not start:\n" + "\n".join(told))
+def _wait_until_up(started: RunningCluster, head: subprocess.Popen) -> str | None:
+    """None when the autoscaler has reported (``ray start`` says that all is well also when it fails at every step), else what the logs end with."""
+    deadline = time.monotonic() + _LONGEST_START_S
+    while head.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(Exception):  # until it listens, Ray's client raises errors of several kinds
-            if started.num_nodes() == 1 and (started.folder / "h/session_latest/logs/monitor.log").exists():
-                return
+            if started.num_nodes() == 1 and _autoscaler_reports(started.gcs_address):
+                return None
         time.sleep(0.5)
+    logs = [started.folder / "head.log", *(started.folder / "h/session_latest/logs" / name for name in ("monitor.err", "monitor.log"))]
+    return "\n".join(line for log in logs if log.exists() for line in log.read_text().splitlines()[-10:])
+
+
+def _autoscaler_reports(address: str) -> bool:
+    from ray._raylet import GcsClient
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+
+    reply = GetClusterStatusReply.FromString(GcsClient(address=address).get_cluster_status(timeout_s=10))
+    return reply.autoscaling_state.autoscaler_state_version > 0
 
 
 def _report_groups(cluster: LocalCluster, address: str) -> None:
@@ -211,11 +229,12 @@ def processes(mark: str) -> "list[psutil.Process]":
 def _end_all(mark: str) -> None:
     import psutil
 
-    for signal_number in (signal.SIGTERM, signal.SIGKILL, signal.SIGKILL):
-        ours = processes(mark)
+    for attempt in range(10):  # what was just starting appears after the first look
+        if not (ours := processes(mark)):
+            return
         for process in ours:
             with contextlib.suppress(psutil.NoSuchProcess):
-                process.send_signal(signal_number)
+                process.send_signal(signal.SIGTERM if attempt == 0 else signal.SIGKILL)
         psutil.wait_procs(ours, timeout=5)
 
 

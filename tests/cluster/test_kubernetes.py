@@ -157,7 +157,7 @@ def test_mlflow_server_demands_a_login_and_keeps_data_outside_its_pod():
     (server,) = only(objects, "Deployment")["spec"]["template"]["spec"]["containers"]
     flags = dict(argument.split("=", 1) for argument in server["command"] if argument.startswith("--"))
     assert flags["--app-name"] == "basic-auth"
-    assert flags["--backend-store-uri"].startswith("postgresql://") and flags["--artifacts-destination"].startswith("s3://")
+    assert flags["--backend-store-uri"].startswith("postgresql+psycopg2://") and flags["--artifacts-destination"].startswith("s3://")
     service = only(objects, "Service", "mlflow")
     host = f"{service['metadata']['name']}.{service['metadata']['namespace']}.svc:{service['spec']['ports'][0]['port']}"
     (head,) = only(documents("raycluster.yaml"), "RayCluster")["spec"]["headGroupSpec"]["template"]["spec"]["containers"]

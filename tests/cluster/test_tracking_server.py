@@ -8,6 +8,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -40,10 +41,9 @@ def postgres(folder: Path):
     data, port = folder / "data", free_port()
     init = ["initdb", "-D", str(data), "-U", "mlflow", "--auth=scram-sha-256", f"--pwfile={folder / 'password'}", "--no-sync"]
     subprocess.run(init, check=True, capture_output=True, cwd=folder, **user)
-    server = subprocess.Popen(
-        ["postgres", "-D", str(data), "-h", "127.0.0.1", "-p", str(port), "-k", "", "-c", "fsync=off"],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder, **user,
-    )  # fmt: skip
+    command = ["postgres", "-D", str(data), "-h", "127.0.0.1", "-p", str(port), "-k", "", "-c", "fsync=off"]
+    with (folder / "log.txt").open("w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder, **user)
     try:
         deadline = time.monotonic() + 60
         ready = ["psql", "-h", "127.0.0.1", "-p", str(port), "-U", "mlflow", "-d", "postgres", "-c"]
@@ -72,11 +72,10 @@ def tracking(tmp_path_factory):
     objects = documents("mlflow.yaml")
     pod = only(objects, "Deployment")["spec"]["template"]["spec"]
     folder = tmp_path_factory.mktemp("tracking")
-    for parent in (folder, *folder.parents[:2]):
-        parent.chmod(0o755)  # for PostgreSQL's own user
-    (database := folder / "postgres").mkdir()
     with contextlib.ExitStack() as stack:
-        port = stack.enter_context(postgres(database))
+        # Outside pytest's folder, which only its own user may enter.
+        database = stack.enter_context(tempfile.TemporaryDirectory(prefix="cad-postgres-"))
+        port = stack.enter_context(postgres(Path(database)))
         storage = stack.enter_context(s3_server(folder / "s3.txt"))
         places = {"mlflow-db:5432": f"127.0.0.1:{port}", "s3://my-bucket": f"s3://{BUCKET}", "--host=0.0.0.0": "--host=127.0.0.1", "--workers=2": "--workers=1"}
         places["--port=5000"] = f"--port={(listen := free_port())}"
