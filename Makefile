@@ -6,7 +6,7 @@ PARTS ?= 240
 # Tests and demo use clusters of their own on this machine: nothing of theirs listens beyond loopback, nothing of the user's is joined.
 OWN := env -u RAY_ADDRESS -u MLFLOW_TRACKING_URI
 
-.PHONY: setup demo test test-slow test-all lint clean
+.PHONY: setup demo test test-slow test-all bench lint clean
 
 setup: .venv/.installed  ## install into .venv
 
@@ -33,6 +33,10 @@ test-slow: setup  ## kills, restarts, whole jobs
 	$(OWN) $(BIN)/python -m pytest -m slow
 
 test-all: test test-slow
+
+bench: setup  ## benchmarks/: all rows, at most 30 minutes on 2 quiet cores
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(OWN) $(BIN)/python -m benchmarks
 
 lint: setup
 	$(BIN)/ruff check .

@@ -47,7 +47,7 @@ def run(settings: Settings) -> list[Comparison]:
         swapped = scores.gather(1, scores.sort(dim=1, descending=True).indices) - (queries.unsqueeze(1) @ gallery[theirs].transpose(1, 2)).squeeze(1)
         assert (answers == theirs).float().mean() > 0.99 and swapped.abs().max() < 1e-5, "faiss gives other answers"
         rivals = {"ours": lambda q=queries, g=gallery: top_k(q, g, K), "faiss": lambda q=queries, i=index: i.search(q.numpy(), K)}
-        seconds = seconds_in_turn(rivals, rounds=settings.pick(3, 1), warm=False)
+        seconds = seconds_in_turn(rivals, rounds=settings.pick(3 if clustered else 2, 1), warm=False)
         share = 2 * num_queries * num_items * WIDTH / flops / statistics.median(seconds["ours"])
         kind = "clustered" if clustered else "unstructured"
         what = f"top-{K} of {num_items:,} × {WIDTH:,} ({kind}), {num_queries:,} queries"

@@ -142,7 +142,7 @@ def run(settings: Settings) -> list[Comparison]:
     torch.set_num_threads(1)
     flops = product_flops()
     found = []
-    for name, num_points, batch in (("base_1k", 1_024, settings.pick(4, 1)), ("small", settings.pick(10_000, 2_000), settings.pick(2, 1))):
+    for name, num_points, batch in (("base_1k", 1_024, settings.pick(2, 1)), ("small", settings.pick(10_000, 2_000), 1)):
         config = dataclasses.replace(released_config(name), drop_path=0.0, stop_gradient=False)
         if settings.quick:
             config = dataclasses.replace(config, depth=2, num_groups=64)

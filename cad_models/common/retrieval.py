@@ -199,11 +199,14 @@ def _above(scores: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 products have units of their own, so that they are faster than float32's."""
-    if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    """Whether bfloat16 products have units of their own, so that they are faster than float32's, and are summed in float32.
+
+    Only on CPUs: elsewhere parts of a sum may be rounded to bfloat16, which the error bound does not cover.
+    """
+    if device.type != "cpu":
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
 def _ordered(scores: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
