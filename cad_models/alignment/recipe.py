@@ -93,7 +93,7 @@ class AlignmentModel:
     def __post_init__(self) -> None:
         if self.pair_histogram or self.size == "pairs":
             asked = "--model.pair-histogram" if self.pair_histogram else "--model.size pairs"
-            check(self.channels == "xyz+normals", "model.channels", self.channels, f"xyz+normals with {asked}")
+            check(self.channels == "xyz+normals", "model.channels", self.channels, f"xyz+normals with {asked} (or take another --model.size)")
         if self.size.startswith("recon_"):
             channels = "xyz" if self.size.endswith("_1k") else "xyz+color"
             check(self.channels == channels, "model.channels", self.channels, f"{channels} for --model.size {self.size}")
