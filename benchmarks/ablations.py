@@ -33,35 +33,34 @@ from rayjobs.resources import ScaleConfig
 from rayjobs.streams import concatenated
 from rayjobs.train import TrainJob, fit, loop_config
 
-BEFORE: dict[str, Any] = {
-    "data.encoder": "hog",
-    "data.augmented_share": 0.0,
-    "data.views_per_step": 0,
-    "model.residual_head": False,
-    "loss.image_weight": 0.0,
-    "loss.router_z_weight": 0.0,
-}
-"""The default recipe without what the rows of this table brought."""
-
 ROWS: dict[str, dict[str, Any]] = {
     "default": {},
-    "before": BEFORE,
-    "hog": {"data.encoder": "hog"},
-    "no_augmented_views": {"data.augmented_share": 0.0},
-    "no_image_loss": {"loss.image_weight": 0.0},
     "linear_head": {"model.num_experts": 1},
     "plain_experts": {"model.residual_head": False},
-    "plain_experts_balanced": {"model.residual_head": False, "loss.balance_weight": 0.01, "loss.router_z_weight": 0.001},
-    "no_normals": {"model.channels": "xyz"},
+    "no_image_loss": {"loss.image_weight": 0.0},
+    "no_augmented_views": {"data.augmented_share": 0.0},
+    "hog": {"data.encoder": "hog"},
+    "tiny": {"model.size": "tiny"},
+    "tiny_with_pairs": {"model.size": "tiny", "model.pair_histogram": True},
+    "before": {
+        "data.encoder": "hog",
+        "data.augmented_share": 0.0,
+        "data.views_per_step": 0,
+        "model.size": "tiny",
+        "model.residual_head": False,
+        "loss.image_weight": 0.0,
+    },
+    "balanced_experts": {"model.residual_head": False, "loss.balance_weight": 0.01, "loss.router_z_weight": 0.001},
     "rotation": {"data.augment.max_rotation_deg": 180.0},
     "no_scaling": {"data.augment.max_scale": 1.0, "data.augment.max_shift": 0.0},
-    "patch_dropout": {"model.patch_dropout": 0.5},
     "no_ema": {"optim.ema_decay": 0.0},
-    "views_8": {"data.views_per_step": 8},
+    "views_24": {"data.views_per_step": 0},
     "embed_256": {"model.embed_dim": 256},
     "temperature_0.04": {"loss.temperature": 0.04},
+    "tiny_no_normals": {"model.size": "tiny", "model.channels": "xyz"},
+    "tiny_half_patches": {"model.size": "tiny", "model.patch_dropout": 0.5},
 }
-"""Name -> what the row changes in the default recipe; every row's recipe is told by its command."""
+"""Name -> what the row changes in the default recipe (``before``: all that this table brought is taken back); each recipe is told by its command."""
 
 SHOWN = tuple(f"image_to_mesh/{infix}recall@{k}" for infix in ("", "crop/", "roll/", "roll_crop/") for k in (1, 3)) + ("mesh_to_image/recall@3",)
 

@@ -1,6 +1,6 @@
 """Views -> frozen embeddings, Parquet beside the objects (Ray Data actor pool, GPUs when there are some).
 
-    python rayjobs/embed.py --task alignment --dataset ds/                                    # hog: no weights, quick on a CPU
+    python rayjobs/embed.py --task alignment --dataset ds/                                    # hog_polar: no weights, quick on a CPU
     python rayjobs/embed.py --task alignment --dataset ds/ --encoder timm:eva02_large_patch14_448.mim_m38m_ft_in22k_in1k
     python rayjobs/embed.py --task alignment --dataset ds/ --encoder timm:vit_small_patch14_dinov2@weights.safetensors
 
@@ -42,7 +42,7 @@ class EmbedJob:
     dataset: str = tyro.MISSING
     """The dataset folder (path or URI) that prepare.py made."""
     encoder: str = ""
-    """hog (needs no weights), timm:<model> or timm:<model>@<file.safetensors>; empty = the recipe's --data.encoder (auto: hog)."""
+    """hog_polar or hog (need no weights), timm:<model> or timm:<model>@<file.safetensors>; empty = the recipe's --data.encoder (auto: hog_polar)."""
     progress_file: str = ""
     """JSON-lines file for progress; empty = outputs/logs/embed-<name of the dataset>.jsonl."""
     scale: ScaleConfig = ScaleConfig(num_workers=0)
@@ -99,7 +99,7 @@ def main(job: EmbedJob) -> int:
     if manifest.task != task.name:
         raise DatasetError(f"--dataset {job.dataset} was prepared for --task {manifest.task}, not for --task {task.name}")
     name = job.encoder or job.recipe.data.encoder
-    name = "hog" if name == "auto" else name
+    name = "hog_polar" if name == "auto" else name
     if not name.startswith("timm:"):
         build_encoder(name)  # costs nothing without weights, and refuses a misspelt name before Ray starts
     kind = f"embeddings/{encoder_folder(name)}"

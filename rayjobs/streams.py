@@ -67,7 +67,7 @@ def _only_embeddings(folder: DatasetFolder) -> str:
     if len(found) > 1:
         names = ", ".join(folder.embeddings_manifest(name).encoder for name in found)
         raise DatasetError(f"{folder.uri} has the embeddings of several encoders: choose with --data.encoder, one of {names}")
-    return found[0] if found else "hog"  # not there either: the error says how to make them
+    return found[0] if found else "hog_polar"  # not there either: the error says how to make them
 
 
 def open_dataset(uri: str, task: Task, recipe: Recipe) -> Dataset:

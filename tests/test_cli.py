@@ -81,7 +81,7 @@ def test_smoke_starts_from_the_smoke_recipe_and_flags_still_win(arguments):
 
 
 def test_job_travels_through_pickle():
-    job = parse_job(job_type("train"), ["--dataset", "ds", "--model.channels", "xyz"])
+    job = parse_job(job_type("train"), ["--dataset", "ds", "--model.size", "tiny", "--model.channels", "xyz"])
     assert pickle.loads(pickle.dumps(job)) == job
 
 

@@ -59,7 +59,7 @@ def test_recipe_with_tuples_and_optional_values_comes_back_equal():
         ("optim.lr", True, r"optim\.lr: expected float, got True"),
         ("batch_size", 2.5, r"batch_size: expected int, got 2\.5"),
         ("batch_size", True, r"batch_size: expected int, got True"),
-        ("model.size", "huge", r"model\.size: 'huge' is none of 'tiny'"),
+        ("model.size", "huge", r"model\.size: 'huge' is none of 'pairs'"),
         ("loss.learned_temperature", 1, r"loss\.learned_temperature: expected bool, got 1"),
         ("data.augment", 3, r"data\.augment: expected the fields of AugmentConfig, got 3"),
         ("model", [], r"model: expected the fields of AlignmentModel, got \[\]"),

@@ -213,6 +213,9 @@ def test_read_part_missing_file_or_column_names_it(dataset):
     dataset.write_part("objects", 0, table_of(["a"]), key="k")
     with pytest.raises(DatasetError, match="has no column points"):
         dataset.read_part("objects", 0, ["object_id", "points"])
+    dataset.write_part("embeddings/hog", 0, table_of(["a"]), key="k")
+    with pytest.raises(DatasetError, match="has no column more: run embed.py again with the same recipe flags"):
+        dataset.read_part("embeddings/hog", 0, ["more"])
 
 
 def test_read_aligned_gives_the_parts_side_by_side(dataset):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cad_models.alignment.loss import MultiPositiveContrastiveLoss
 from cad_models.alignment.model import MixtureOfExperts, PointEncoder, parameter_groups
 from cad_models.alignment.model_config import HeadConfig, PointEncoderConfig, point_encoder_config, released_config
+from cad_models.alignment.pair_histogram import PairEncoder
 from cad_models.alignment.recipe import AlignmentModel, AlignmentRecipe
 from cad_models.learner import ADAPT_BATCH, EmbeddingLearner, check_fit
 
@@ -32,7 +33,7 @@ class AlignmentLearner(nn.Module, EmbeddingLearner):
     def __init__(self, recipe: AlignmentRecipe, image_width: int):
         super().__init__()
         model = recipe.model
-        self.point_encoder = PointEncoder(_encoder_config(model))
+        self.point_encoder = PairEncoder(model.embed_dim) if model.size == "pairs" else PointEncoder(_encoder_config(model))
         self.image_head = MixtureOfExperts(
             HeadConfig(
                 num_experts=model.num_experts,
@@ -49,6 +50,7 @@ class AlignmentLearner(nn.Module, EmbeddingLearner):
         self.register_buffer("image_std", torch.ones(image_width))
         self.loss = MultiPositiveContrastiveLoss(recipe.loss.temperature, learned=recipe.loss.learned_temperature)
         self.image_weight = recipe.loss.image_weight
+        self.adds_gray = model.channels == "xyz+color"
 
     def optimizers(self, recipe: AlignmentRecipe) -> dict[str, torch.optim.Optimizer]:
         """AdamW: head and temperature with ``head_lr``, the point encoder with ``lr``."""
@@ -69,17 +71,7 @@ class AlignmentLearner(nn.Module, EmbeddingLearner):
         self.image_mean.copy_(views.mean(dim=0))
         # A width that hardly varies in the sample must not be blown up.
         self.image_std.copy_(std.clamp(min=max(1e-6, 0.1 * float(std.mean()))))
-        was_training = self.training
-        self.eval()
-        encoder = self.point_encoder
-        queries = torch.cat([encoder.encode(self._columns(points)).queries for points in batch["points"].split(32)])
-        num_image_queries = encoder.config.num_image_queries
-        for projection, part in ((encoder.image_proj, queries[:, :num_image_queries]), (encoder.text_proj, queries[:, num_image_queries:])):
-            if projection is not None:
-                projection.bias -= projection(part).mean(dim=(0, 1))
-        if encoder.pairs is not None:
-            encoder.pairs.standardise(self._columns(batch["points"]))
-        self.train(was_training)
+        self.point_encoder.adapt(self._columns(batch["points"]))
 
     def forward(self, batch: dict[str, Tensor], turn: str) -> dict[str, Tensor]:
         """Contrastive loss of this worker's objects against those of all workers, plus the experts' telemetry."""
@@ -141,7 +133,7 @@ class AlignmentLearner(nn.Module, EmbeddingLearner):
 
     def _columns(self, points: Tensor) -> Tensor:
         """The columns that the encoder reads: CAD models have no colour, so every point gets the gray."""
-        if self.point_encoder.config.channels != "xyz+color":
+        if not self.adds_gray:
             return points
         return F.pad(points, (0, 3), value=_GRAY)
 

@@ -5,6 +5,7 @@ surflet-pair relations (Wahl et al., 3DIM 2003; Rusu et al., ICRA 2009), the ste
 """
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -13,6 +14,8 @@ WIDTH = NUM_DISTANCES * NUM_ANGLES**3 + NUM_DISTANCES * NUM_STEEPNESSES + NUM_FI
 
 # Pairs are of points this many places apart, for so many different distances in the order of the points.
 _NUM_STRIDES = 12
+# Of a cloud's points, which come in farthest-point order: the first so many stand for all of them.
+_MOST_POINTS = 512
 _HIDDEN = 512
 
 
@@ -27,7 +30,7 @@ def pair_histogram(points: Float[Tensor, "batch num_points 6"]) -> Float[Tensor,
     Args:
         points: Coordinates within the unit sphere, +z up, and unit normals.
     """
-    points = points.float()
+    points = points[:, :_MOST_POINTS].float()
     num_points = points.shape[1]
     strides = sorted({max(1, round((k + 0.5) * num_points / 2 / _NUM_STRIDES)) for k in range(_NUM_STRIDES)})
     first = points.repeat(1, len(strides), 1)
@@ -60,6 +63,22 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
 def _joint(a: Tensor, b: Tensor) -> Tensor:
     """[batch, bins of a * bins of b]: the mean outer product over the pairs, as one matrix product."""
     return (a.transpose(1, 2) @ b).flatten(1) / a.shape[1]
+
+
+class PairEncoder(nn.Module):
+    """A point encoder of pair histograms alone: several times as fast as the smallest transformer, and better from a few hundred objects."""
+
+    def __init__(self, embed_dim: int):
+        super().__init__()
+        self.pairs = PairEmbedding(embed_dim)
+
+    def forward(self, points: Float[Tensor, "batch num_points 6"]) -> Float[Tensor, "batch embed_dim"]:
+        """Embeddings of unit length in float32."""
+        return F.normalize(self.pairs(points).float(), dim=-1)
+
+    def adapt(self, points: Float[Tensor, "batch num_points 6"]) -> None:
+        """Standardise by training objects."""
+        self.pairs.standardise(points)
 
 
 class PairEmbedding(nn.Module):

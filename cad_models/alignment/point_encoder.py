@@ -156,6 +156,20 @@ class PointEncoder(nn.Module):
         )
 
     @torch.no_grad()
+    def adapt(self, points: Float[Tensor, "batch num_points channels"]) -> None:
+        """Centre the projections' outputs over training objects, and standardise the pair histograms; see `AlignmentLearner.adapt`."""
+        was_training = self.training
+        self.eval()
+        queries = torch.cat([self.encode(part).queries for part in points.split(32)])
+        num_image_queries = self.config.num_image_queries
+        for projection, part in ((self.image_proj, queries[:, :num_image_queries]), (self.text_proj, queries[:, num_image_queries:])):
+            if projection is not None:
+                projection.bias -= projection(part).mean(dim=(0, 1))
+        if self.pairs is not None:
+            self.pairs.standardise(points)
+        self.train(was_training)
+
+    @torch.no_grad()
     def group(
         self, points: Float[Tensor, "batch num_points channels"]
     ) -> tuple[Float[Tensor, "batch num_groups group_size channels"], Float[Tensor, "batch num_groups 3"]]:

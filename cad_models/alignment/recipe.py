@@ -66,10 +66,10 @@ class AlignmentModel:
     """Point encoder (ReConV2 style) and image head (mixture of experts)."""
 
     size: Literal[
-        "tiny", "small", "base", "large",
+        "pairs", "tiny", "small", "base", "large",
         "recon_small", "recon_small_1k", "recon_base", "recon_base_1k", "recon_large", "recon_large_1k", "recon_giant",
     ] = "tiny"  # fmt: skip
-    """Point encoder; tiny is for CPUs, small, base and large are ReConV2's sizes. recon_* are its released checkpoints to the last detail, defects
+    """Point encoder; pairs reads histograms over pairs of points alone, tiny is a transformer for CPUs, small, base and large are ReConV2's sizes. recon_* are its released checkpoints to the last detail, defects
     included: to start from one with --init-from."""
     channels: Literal["xyz", "xyz+normals", "xyz+color"] = "xyz+normals"
     """What the encoder sees of each point. xyz+color gives every point the gray by which ReConV2 stands for a missing colour."""
@@ -91,8 +91,9 @@ class AlignmentModel:
     """Share of the point patches left out in training; evaluation sees all."""
 
     def __post_init__(self) -> None:
-        if self.pair_histogram:
-            check(self.channels == "xyz+normals", "model.channels", self.channels, "xyz+normals with --model.pair-histogram")
+        if self.pair_histogram or self.size == "pairs":
+            asked = "--model.pair-histogram" if self.pair_histogram else "--model.size pairs"
+            check(self.channels == "xyz+normals", "model.channels", self.channels, f"xyz+normals with {asked} (or take another --model.size)")
         if self.size.startswith("recon_"):
             channels = "xyz" if self.size.endswith("_1k") else "xyz+color"
             check(self.channels == channels, "model.channels", self.channels, f"{channels} for --model.size {self.size}")
@@ -133,9 +134,9 @@ class AlignmentRecipe(Recipe):
 RECIPE = AlignmentRecipe(
     batch_size=32,
     optim=OptimConfig(lr=5e-4, head_lr=2e-3, weight_decay=0.05, grad_clip_norm=10.0, ema_decay=0.99),
-    schedule=ScheduleConfig(num_epochs=40, num_warmup_epochs=2.0),
-    data=AlignmentData(query_conditions=True, augmented_views=3, augmented_share=0.5, views_per_step=12),
-    model=AlignmentModel(residual_head=True),
+    schedule=ScheduleConfig(num_epochs=24, num_warmup_epochs=2.0),
+    data=AlignmentData(query_conditions=True, augmented_views=3, augmented_share=0.5, views_per_step=8),
+    model=AlignmentModel(size="pairs", residual_head=True),
     loss=AlignmentLoss(image_weight=0.3),
 )
 """Defaults that reproduce the figures in this room's README on two CPU cores."""

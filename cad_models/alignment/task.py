@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def search_space(trial: Any) -> dict[str, Any]:
-    """What ``tune.py`` searches: experts and how many of them answer, temperature, learning rates, width.
+    """What ``tune.py`` searches: experts and how they answer, temperature, learning rates, width, the loss between images.
 
     Args:
         trial: An ``optuna.Trial``.
@@ -46,26 +46,33 @@ def search_space(trial: Any) -> dict[str, Any]:
     values = {
         "model.num_experts": num_experts,
         "model.top_k": 0,
+        "model.residual_head": False,
+        "loss.image_weight": trial.suggest_float("loss.image_weight", 0.0, 1.0),
         "model.embed_dim": trial.suggest_categorical("model.embed_dim", [256, 512, 1024]),
         "loss.temperature": trial.suggest_float("loss.temperature", 0.02, 0.2, log=True),
         "optim.lr": trial.suggest_float("optim.lr", 1e-4, 2e-3, log=True),
         "optim.head_lr": trial.suggest_float("optim.head_lr", 3e-4, 1e-2, log=True),
     }
     if num_experts > 1:
+        values["model.residual_head"] = trial.suggest_categorical("model.residual_head", [True, False])
         # As a share of the experts, so that the parameter's range does not depend on their number: TPE models it better so.
         share = trial.suggest_categorical("top_k_share", ["all", "half", "one"])
         values["model.top_k"] = {"all": 0, "half": num_experts // 2, "one": 1}[share]
     return values
 
 
+# Parts of the default recipe that the source system does not have.
+_AS_PUBLISHED = {"model.residual_head": False, "model.pair_histogram": False, "data.augmented_share": 0.0, "data.views_per_step": 0, "loss.image_weight": 0.0}
+
 RUNS = {
     "moe": NamedRun(
-        changes={"model.num_experts": 8, "data.augment.max_scale": 1.5, "data.augment.max_shift": 0.2},
+        changes={**_AS_PUBLISHED, "model.size": "tiny", "model.num_experts": 8, "data.augment.max_scale": 1.5, "data.augment.max_shift": 0.2},
         note="the published head (8 dense experts) and augmentation with the tiny point encoder: for CPUs",
     ),
     "linear_head": NamedRun(changes={"model.num_experts": 1, "model.top_k": 0}, note="one linear layer instead of experts: the trained baseline"),
     "recon_large": NamedRun(
         changes={
+            **_AS_PUBLISHED,
             "model.size": "large",
             "model.channels": "xyz",
             "model.num_points": 10_000,

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from cad_models.alignment.learner import AlignmentLearner
 from cad_models.alignment.model import PointEncoder, PointEncoderConfig, parameter_groups
 from cad_models.alignment.pair_histogram import WIDTH, PairEmbedding, pair_histogram
+from cad_models.alignment.recipe import AlignmentModel, AlignmentRecipe
 
 
 def clouds(num_clouds: int = 3, num_points: int = 40, seed: int = 0) -> torch.Tensor:
@@ -95,3 +97,33 @@ def test_encoder_adds_the_pairs_embedding_to_its_own_as_unit_vectors():
 def test_pairs_need_normals():
     with pytest.raises(ValueError, match="needs channels='xyz\\+normals', not 'xyz'"):
         PointEncoderConfig(channels="xyz", pair_histogram=True)
+
+
+@pytest.mark.parametrize("model", [{"size": "pairs"}, {"size": "tiny", "pair_histogram": True}])
+def test_learner_with_pairs_adapts_learns_and_survives_its_own_files(model):
+    recipe = AlignmentRecipe(model=AlignmentModel(embed_dim=8, num_points=64, num_experts=2, **model))
+    torch.manual_seed(0)
+    learner = AlignmentLearner(recipe, 5)
+    views = torch.randn(6, 3, 5)
+    batch = {"points": clouds(6, 64), "group": torch.arange(6), "views": views, "view_mask": torch.ones(6, 3, dtype=torch.bool)}
+    learner.adapt(iter([{**batch, "query_views": views, "query_mask": batch["view_mask"]}]))
+    features = learner.point_encoder.pairs
+    assert features.mean.abs().max() > 0.1 and not torch.equal(features.std, torch.ones(WIDTH))
+    learner(batch, "model")["loss"].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in learner.parameters())
+    other = AlignmentLearner(recipe, 5)
+    other.load_artifacts(learner.artifacts())
+    assert torch.equal(other.eval().embed_cad(batch["points"]), learner.eval().embed_cad(batch["points"]))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"size": "pairs", "channels": "xyz"}, "--model.channels is 'xyz': it must be xyz\\+normals with --model.size pairs"),
+        ({"pair_histogram": True, "channels": "xyz"}, "xyz\\+normals with --model.pair-histogram"),
+        ({"size": "recon_base_1k", "channels": "xyz", "embed_dim": 1280, "pair_histogram": True}, "--model.channels is 'xyz'"),
+    ],
+)
+def test_recipe_refuses_pairs_without_normals(model, message):
+    with pytest.raises(ValueError, match=message):
+        AlignmentModel(**model)

@@ -185,6 +185,8 @@ def test_next_trial_first_is_the_base_recipe():
     assert trial.digest == digest(BASE) and trial.values == {}
     assert trial.params == {
         "model.num_experts": 4,
+        "loss.image_weight": 0.3,
+        "model.residual_head": True,
         "model.embed_dim": 512,
         "loss.temperature": 0.07,
         "optim.lr": 5e-4,
