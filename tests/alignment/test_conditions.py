@@ -5,9 +5,10 @@ import pyarrow as pa
 import pytest
 
 from cad_models.alignment.data import changed_embed_columns, collate, examples
+from cad_models.alignment.learner import AlignmentLearner
 from cad_models.alignment.metrics import learned_ranks, matching_ranks, paired_differences, recalls, retrieval_metrics
-from cad_models.alignment.recipe import QUERY_CONDITIONS, SMOKE
-from cad_models.config import replace_all
+from cad_models.alignment.recipe import QUERY_CONDITIONS, SMOKE, AlignmentRecipe
+from cad_models.config import from_dict, replace_all, to_dict
 from cad_models.dataset import build_table, tensor_field
 from cad_models.order import object_rng
 from cad_models.tasks import TASKS
@@ -144,3 +145,15 @@ def test_ensemble_combines_the_queries_of_every_condition():
     combined = TASKS["alignment"].combine([found, found])
     assert combined.keys() == found.keys()
     assert retrieval_metrics(combined) == pytest.approx(retrieval_metrics(found))
+
+
+def test_recipe_of_an_earlier_version_means_what_it_meant():
+    values = to_dict(AlignmentRecipe())
+    for path in ("data.query_conditions", "data.augmented_views", "data.augmented_share", "model.residual_head", "model.pair_histogram",
+                 "loss.router_z_weight", "loss.image_weight"):  # fmt: skip
+        part, name = path.split(".")
+        del values[part][name]
+    recipe = from_dict(AlignmentRecipe, values)
+    assert recipe == AlignmentRecipe() and not recipe.data.query_conditions and recipe.data.augmented_share == 0
+    names = set(AlignmentLearner(replace_all(recipe, {"model.embed_dim": 8}), 5).state_dict())
+    assert not any("residual" in name or "pairs" in name for name in names)
