@@ -370,8 +370,7 @@ class Training:
             for name in ("last", *(f"best/{n}" for n in self.task.best_metrics)):
                 self.folder.recover(name)
         self._barrier()
-        # Of its name, the last file that an object store shows: a kill in the middle of the first checkpoint leaves the others.
-        if not self.folder.exists("last/trainer_state.pt"):
+        if not self.folder.exists("last/trainer_state.pt"):  # by its name the last that appears on an object store: a kill may leave the others
             self._begin()
             return
         with self.folder.fetched("last") as directory:
