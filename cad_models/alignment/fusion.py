@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int
 
-from cad_models.alignment.metrics import KS, one_per_object
+from cad_models.alignment.metrics import DIRECTIONS, KS, one_per_object
+from cad_models.alignment.recipe import QUERY_CONDITIONS
 from cad_models.common.bootstrap import ratio_intervals
 from cad_models.task import Predictions
 
@@ -72,8 +73,8 @@ class FusionWeights:
         return FusionWeights(**{field.name: float(value) for field, value in zip(fields(FusionWeights), values, strict=True)})
 
 
-DEFAULT_WEIGHTS = FusionWeights(point=0.2, view=0.2, frozen=0.6, crowd=0.4)
-"""Where nothing was fitted."""
+DEFAULT_WEIGHTS = FusionWeights(point=0.1, view=0.3, frozen=0.6, crowd=0.2)
+"""Where nothing was fitted: near what is fitted for the encoders hog and hog_polar on real meshes."""
 
 POINT_ONLY = FusionWeights(point=1.0, view=0.0, frozen=0.0)
 """The learned score alone."""
@@ -215,7 +216,7 @@ def combined_views(combine: Any, members: Sequence[Predictions], weights: Sequen
         return combine_embeddings([_unit(column).astype(np.float32) for column in columns], weights=weights)
 
     found = {"view": by_blocks([m["view"] for m in members], combine), "num_views": members[0]["num_views"]}
-    for name in ("frozen_view", "frozen_query"):
+    for name in ("frozen_view", *(name for name in members[0] if name.startswith("frozen_query"))):
         columns = [m[name] for m in members]
         one_encoder = all(np.array_equal(columns[0], column) for column in columns[1:])
         found[name] = columns[0] if one_encoder else by_blocks(columns, frozen)
@@ -328,20 +329,34 @@ def fused_details(predictions: Predictions) -> dict[str, float]:
 
     ``fused/<direction>/recall@k`` (k of `KS`), ``fused/recall@k`` (the mean of both directions), ``best_view/<direction>/recall@k`` (the views through
     the head alone); ``fused_gain/over_view_matching/<direction>/recall@3`` and ``fused_gain/over_learned/...``: differences, paired: all figures are
-    resampled together (1,000 resamples of whole objects, seeded). ``fused/weight/<score>``: the weights. ``fused/num_objects``: of a large split the first
+    resampled together (1,000 resamples of whole objects, seeded). Pictures in other conditions likewise: ``fused/<direction>/roll/recall@k``. ``fused/weight/<score>``: the weights. ``fused/num_objects``: of a large split the first
     objects are measured (those that have ``view``), as a gallery of their own, and as many pictures of each as a minute or so allows, at least one.
 
     Args:
-        predictions: As for :func:`fit_weights`; ``fusion`` float64 [n, 4], the weights in every row, where they were fitted.
+        predictions: As for :func:`fit_weights`, also ``query_<condition>`` and ``frozen_query_<condition>``; ``fusion`` float64 [n, 4], the weights in every
+            row, where they were fitted.
     """
     weights = FusionWeights.of(predictions["fusion"][0].tolist()) if "fusion" in predictions else DEFAULT_WEIGHTS
+    predictions = {name: column[: len(predictions["view"])] for name, column in predictions.items()}
+    figures: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for condition in [name for name in ("", *(f"_{name}" for name in QUERY_CONDITIONS)) if f"frozen_query{name}" in predictions]:
+        asked = {name: predictions[f"{name}{condition}"] for name in ("query", "frozen_query")}
+        figures |= _figures(predictions | asked, weights, f"{condition[1:]}/" if condition else "")
+    low, high = ratio_intervals(np.stack([of for of, _ in figures.values()], axis=1), np.stack([among for _, among in figures.values()], axis=1))
+    told = {"fused/num_objects": float(len(predictions["group"]))} | {f"fused/weight/{name}": value for name, value in asdict(weights.normalised).items()}
+    for (name, (of, among)), least, most in zip(figures.items(), low.tolist(), high.tolist(), strict=True):
+        told |= {name: float(of.sum() / among.sum()), f"{name}_low": least, f"{name}_high": most}
+    return told
+
+
+def _figures(predictions: Predictions, weights: FusionWeights, infix: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Name -> (hits, counts), float64 [objects]: numerator and denominator of each figure, object by object."""
     parts = {
         "fused": weights,
         "best_view": FusionWeights(point=0.0, view=1.0, frozen=0.0),
         "learned": POINT_ONLY,
         "view_matching": FusionWeights(point=0.0, view=0.0, frozen=1.0),
     }
-    predictions = {name: column[: len(predictions["view"])] for name, column in predictions.items()}
     group = predictions["group"]
     num_objects = len(group)
     work = float(num_objects) * predictions["view"].shape[1] * num_objects * (predictions["view"].shape[2] + predictions["frozen_view"].shape[2])
@@ -360,8 +375,21 @@ def fused_details(predictions: Predictions) -> dict[str, float]:
             found = _within(fuse(gallery.components, chosen)[fresh], relevant[fresh])
             np.add.at(hits[name][0], owner[fresh], found)
             hits[name][1, asked] += _within(fuse(gallery.components, chosen, gallery.crowd).T[asked], relevant.T[asked])
-    told = {"fused/num_objects": float(num_objects)}
-    return _told(hits, counts) | told | {f"fused/weight/{name}": value for name, value in asdict(weights.normalised).items()}
+    figures: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    # Both directions as one ratio: each direction's hits are scaled to the same denominator.
+    totals = counts.sum(axis=1, keepdims=True)
+
+    def add(name: str, of: np.ndarray, k: int) -> None:
+        for one, direction in enumerate(DIRECTIONS):
+            figures[f"{name}/{direction}/{infix}recall@{k}"] = of[one, :, KS.index(k)], counts[one]
+        figures[f"{name}/{infix}recall@{k}"] = (of[:, :, KS.index(k)] / totals).sum(axis=0) / 2, (counts / totals).sum(axis=0) / 2
+
+    for name in ("fused", "best_view"):
+        for k in KS:
+            add(name, hits[name], k)
+    for name in ("view_matching", "learned"):
+        add(f"fused_gain/over_{name}", hits["fused"] - hits[name], 3)
+    return figures
 
 
 def _within(scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
@@ -369,25 +397,3 @@ def _within(scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
     best = np.where(relevant, scores, -np.inf).max(axis=1, keepdims=True)
     ranks = 1 + ((scores >= best) & ~relevant).sum(axis=1)
     return (ranks[:, None] <= np.array(KS)).astype(np.float64)
-
-
-def _told(hits: dict[str, np.ndarray], counts: np.ndarray) -> dict[str, float]:
-    figures: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    # Both directions as one ratio: each direction's hits are scaled to the same denominator.
-    share = counts / counts.sum(axis=1, keepdims=True)
-
-    def add(name: str, of: np.ndarray, k: int) -> None:
-        for direction, one in (("image_to_mesh/", 0), ("mesh_to_image/", 1)):
-            figures[name.format(direction)] = of[one, :, k], counts[one]
-        figures[name.format("")] = (of[:, :, k] / counts.sum(axis=1)[:, None]).sum(axis=0) / 2, share.sum(axis=0) / 2
-
-    for name in ("fused", "best_view"):
-        for i, k in enumerate(KS):
-            add(f"{name}/{{}}recall@{k}", hits[name], i)
-    for name in ("view_matching", "learned"):
-        add(f"fused_gain/over_{name}/{{}}recall@3", hits["fused"] - hits[name], KS.index(3))
-    low, high = ratio_intervals(np.stack([of for of, _ in figures.values()], axis=1), np.stack([among for _, among in figures.values()], axis=1))
-    told = {}
-    for (name, (of, among)), least, most in zip(figures.items(), low.tolist(), high.tolist(), strict=True):
-        told |= {name: float(of.sum() / among.sum()), f"{name}_low": least, f"{name}_high": most}
-    return told

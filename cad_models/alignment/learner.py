@@ -119,13 +119,14 @@ class AlignmentLearner(nn.Module, EmbeddingLearner):
 
     def predict_more(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """What `cad_models.alignment.fusion` compares, as float16: ``view`` [n, views, dim], ``frozen_view`` [n, views, image_width], ``frozen_query``
-        [n, queries, image_width] (zeros where an object has fewer), and ``num_views`` [n]."""
+        [n, queries, image_width] (zeros where an object has fewer; ``frozen_query_<condition>`` likewise), and ``num_views`` [n]."""
         mask, views = batch["view_mask"], batch["views"]
         projected = self.embed_images(views[mask]).half()
         view = projected.new_zeros(*mask.shape, projected.shape[1])
         view[mask] = projected
         # The stored embeddings are float16: nothing is lost.
-        return {"view": view, "num_views": mask.sum(1), "frozen_view": views.half(), "frozen_query": batch["query_views"].half()}
+        queries = {name.replace("query_views", "frozen_query"): batch[name].half() for name in batch if name.startswith("query_views")}
+        return {"view": view, "num_views": mask.sum(1), "frozen_view": views.half(), **queries}
 
     def embed_cad(self, points: Float[Tensor, "batch num_points channels"]) -> Float[Tensor, "batch dim"]:
         """Unit embeddings of point clouds."""

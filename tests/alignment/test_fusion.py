@@ -298,6 +298,17 @@ def test_large_split_is_measured_on_its_first_objects_and_pictures(monkeypatch):
     assert fused_details(predictions) == fused_details(single) != found
 
 
+def test_pictures_in_other_conditions_have_figures_of_their_own():
+    predictions, turned = split(seed=3, objects=12), split(seed=4, objects=12)
+    both = predictions | {"query_roll": turned["query"], "frozen_query_roll": turned["frozen_query"], "num_queries": turned["num_queries"]}
+    found = fused_details(both)
+    alone = fused_details(both | {"query": turned["query"], "frozen_query": turned["frozen_query"]})
+    for name in ("fused/{}recall@1", "fused_gain/over_learned/{}recall@3", "best_view/image_to_mesh/{}recall@5_low"):
+        assert found[name.format("roll/")] == alone[name.format("")]
+    member = {name: column for name, column in both.items()}
+    assert np.array_equal(TASK.combine([member, member])["frozen_query_roll"], turned["frozen_query"])
+
+
 def test_all_views_alike_are_not_rewarded():
     predictions = split(objects=6)
     constant = {name: np.ones_like(column) if column.ndim > 1 else column for name, column in predictions.items()}
