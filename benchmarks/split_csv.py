@@ -41,8 +41,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--output", required=True)
     flags = parser.parse_args()
-    with open(flags.table, newline="", encoding="utf-8-sig") as file:
-        rows = [row for row in csv.DictReader(file) if row[flags.path_column].startswith(flags.below)]
+    try:
+        with open(flags.table, newline="", encoding="utf-8-sig") as file:
+            every = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        parser.error(f"--table {flags.table} cannot be read ({error})")
+    missing = [name for name in (flags.path_column, *flags.group_by) if every and name not in every[0]]
+    if missing:
+        parser.error(f"--table {flags.table} has no column {', '.join(missing)}; it has {', '.join(every[0])}")
+    rows = [row for row in every if row[flags.path_column].startswith(flags.below)]
     if not rows:
         parser.error(f"--below {flags.below}: no path of {flags.table} begins like that")
     config = SplitConfig(kind="random", test_fraction=flags.test_fraction, val_fraction=flags.val_fraction, seed=flags.seed)
