@@ -52,20 +52,17 @@ def run(settings: Settings) -> list[Comparison]:
 
     import ray
 
-    from rayjobs.resources import set_defaults
+    from rayjobs.resources import connect
 
     os.environ["RAY_AUTH_MODE"] = "disabled"
     os.environ["PYTHONPATH"] = str(_ROOT)
-    set_defaults()
+    os.environ.pop("RAY_ADDRESS", None)
     with tempfile.TemporaryDirectory() as scratch:
         dataset, out = Path(scratch) / "dataset", Path(scratch)
         write_dataset(dataset, SMOKE, num_objects={"train": 64, "val": 16, "test": 16}, width=64)
         assert TASKS["alignment"].smoke == SMOKE
         _bare(dataset, out / "warm")
-        ray.init(
-            address="local", num_cpus=6, include_dashboard=True, dashboard_host="127.0.0.1", log_to_driver=False, logging_level="error",
-            object_store_memory=300_000_000,
-        )  # fmt: skip
+        connect()  # as the jobs do, again where a busy machine lets Ray's processes start too slowly
         try:
             address = ray.get_runtime_context().gcs_address
             job = [*train, "--smoke", "--dataset", str(dataset), "--output", str(out / "runs"), "--tracking.folder", str(out / "tracking")]
