@@ -233,8 +233,8 @@ def main() -> None:
         print(f"member {m}: {name}")
     if seen:
         print("splits of the pairs' meshes: " + ", ".join(f"{len(names)} {split}" for split, names in sorted(seen.items())))
-        for split, told in (("train", "trained on"), ("nearly train", "a near duplicate was trained on")):
-            print(f"{told}: {', '.join(sorted(seen.get(split, []))) or 'of none of them'}")
+        for split, told in (("train", "trained on"), ("nearly train", "nearly trained on (a near duplicate was)")):
+            print(f"{told}: {', '.join(sorted(seen.get(split, []))) or 'none of them'}")
     told = pair_figures(scores, [position[pair.cad] for pair in pairs], [pair.kind for pair in pairs])
     print(f"\n{table(told)}")
     result = {"members": members, "num_meshes": len(meshes), "pairs_by_split": seen, "figures": told}
