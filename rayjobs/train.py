@@ -10,7 +10,9 @@ Killed or stopped (Ctrl-C, SIGTERM, a file named STOP in the run's folder), the 
 """
 
 import contextlib
+import csv
 import dataclasses
+import io
 import json
 import re
 import signal
@@ -32,6 +34,10 @@ from rayjobs.resources import ScaleConfig, WorkerPlan
 
 if TYPE_CHECKING:
     from rayjobs.loop import LoopConfig
+
+
+FIGURES_NAME = "figures.csv"
+"""In a run's folder: all test figures of the run and, where they were asked for, of the baselines."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,7 +358,10 @@ def print_result(result: dict[str, Any], folder: Folder, table: dict[str, dict[s
         from rayjobs.search_report import with_bounds
 
         bounds = {f"{name}_{side}" for name in table["this run"] for side in ("low", "high")}
-        names = sorted(table["this run"].keys() - bounds, key=_natural)
+        every = sorted(table["this run"].keys() - bounds, key=_natural)
+        others = [figures for column, figures in table.items() if column != "this run"]
+        # What can be compared, and what has no deeper path: all figures of all categories would hide these.
+        names = [name for name in every if name.count("/") <= 1 or any(name in figures for figures in others)]
         cells = [[with_bounds(figures, name) if name in figures else "" for figures in table.values()] for name in names]
         width = max(len("test split"), *map(len, names))
         widths = [max(14, *map(len, column)) for column in zip(list(table), *cells, strict=True)]
@@ -361,11 +370,23 @@ def print_result(result: dict[str, Any], folder: Folder, table: dict[str, dict[s
             print(name.ljust(width) + "".join(f"  {cell:>{w}}" for cell, w in zip(row, widths, strict=True)))
         if bounds & table["this run"].keys():
             print("[low, high]: 95 % confidence intervals")
+        folder.write_bytes(FIGURES_NAME, _figures_csv(table))
+        print(f"{f'{len(every) - len(names)} more figures' if len(every) > len(names) else 'these figures'}: {folder.path(FIGURES_NAME)}")
     print(f"best checkpoint: {folder.path(result['best'])}\nlast checkpoint: {folder.path('last')}")
     if folder.exists("report"):
         pages = [name for name in folder.names("report") if name.endswith(".html")]
         print(f"report: {folder.path('/'.join(['report', *pages[:1]]))}")
     sys.stdout.flush()
+
+
+def _figures_csv(table: dict[str, dict[str, float]]) -> bytes:
+    """One row a figure and bound, one column a run or baseline; empty where a column has no such figure."""
+    sink = io.StringIO()
+    writer = csv.writer(sink, lineterminator="\n")
+    writer.writerow(["figure", *table])
+    for name in sorted({name for figures in table.values() for name in figures}, key=_natural):
+        writer.writerow([name, *(figures.get(name, "") for figures in table.values())])
+    return sink.getvalue().encode()
 
 
 def _natural(name: str) -> list[Any]:
