@@ -3,7 +3,7 @@
     python -m benchmarks.image_cad_pairs --model outputs/runs/a/best/mean --model outputs/runs/b/best/mean --pairs pairs.csv --gallery meshes/ --dataset ds/
 
 Image -> mesh: every picture of the CSV (columns image, cad, perhaps kind) among the CSV's meshes and those of the gallery folder, each geometry once.
-Mesh -> image: every mesh of the CSV among its pictures. Files are read, masked, cropped and embedded by the code of infer.py. The rival renders 24 views
+Mesh -> image: every mesh of the CSV among its pictures. Files are read, masked, cropped, embedded and, for the fused score, rendered by the code of infer.py (`--gallery-views 24`; the crowd is left out). The rival renders 24 views
 of every mesh and compares their HOG with that of the picture (the best view counts); "24 rolls" turns the picture in its plane so many times, and the best
 counts. Intervals: 95 %, bootstrap over the CSV's meshes; differences are paired. With --dataset, the meshes of the CSV that were trained on are told.
 """
@@ -23,6 +23,7 @@ from PIL import Image
 from benchmarks.mesh_files import Pair, duplicate_groups, read_pairs
 from benchmarks.tables import Figure, cell, markdown, named_ensemble, splits_by_digest, with_intervals
 from cad_models.alignment.answers import combine_embeddings
+from cad_models.alignment.options import AlignmentOptions
 from cad_models.common.cameras import ring_cameras
 from cad_models.common.encoders import ImageEncoder, build_encoder
 from cad_models.common.images import decode_image, prepare_image
@@ -31,13 +32,14 @@ from cad_models.common.near_duplicates import near_duplicates, shape_points
 from cad_models.common.points import sample_surface
 from cad_models.common.rendering import render_views
 from cad_models.common.score_ranks import score_ranks
-from cad_models.ensemble import Ensemble, InputProcessor
-from cad_models.task import Input
+from cad_models.ensemble import Ensemble, InputProcessor, ranked
+from cad_models.task import Entry, Input, Requests, Search
 
 KS = (1, 3, 10)
 NUM_ROLLS = 24
 NUM_VIEWS = 24
 RIVAL = "rendered views, HOG"
+FUSED = "fused with rendered views"
 ROLLED = f", {NUM_ROLLS} rolls"
 _VIEW_SIZE = 224
 # Pixels of the square in which a picture is turned, and its rim: the corners of the part's box stay inside at any angle.
@@ -77,26 +79,43 @@ def _unit(rows: np.ndarray) -> np.ndarray:
 
 # --- scores -------------------------------------------------------------------------------------------------------------------------------
 def learned_scores(ensemble: Ensemble, images: Sequence[Path], meshes: Sequence[Path]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Method -> scores [images, meshes] of every member and the ensemble, as infer.py would give them, and with rolls; the files that cannot be read."""
-    inputs = [Input(kind=kind, source=path.name, uri=str(path)) for kind, paths in (("image", images), ("mesh", meshes)) for path in paths]
-    with InputProcessor(ensemble) as processor:
-        rows = [row for item in inputs for row in processor.process([item])]
+    """Method -> scores [images, meshes] as infer.py would give them, and with rolls; the files that cannot be read.
+
+    Methods are every member and the ensemble by the learned score alone, and the ensemble fused with rendered views.
+    """
+    options = AlignmentOptions(gallery_views=NUM_VIEWS, query_rolls=NUM_ROLLS)
+    kinds = (("image", images), ("turned_image", images), ("mesh", meshes))
+    inputs = tuple(Input(kind=kind, source=path.name, uri=str(path)) for kind, paths in kinds for path in paths)
+    rows, told = [], time.monotonic()
+    with InputProcessor(ensemble, options=options) as processor:
+        for i, item in enumerate(inputs, start=1):
+            rows += processor.process([item])
+            if time.monotonic() - told > 20:
+                print(f"{i} of {len(inputs)} files read", file=sys.stderr, flush=True)
+                told = time.monotonic()
     bad = [item.source for item, row in zip(inputs, rows, strict=True) if row.reject]
     if bad:
-        return {}, bad
-    predictor = ensemble.task.predictor(ensemble.members)
-    turned = [predictor.predict([{"image": version} for version in rolled(decode_image(path.read_bytes()), NUM_ROLLS)]) for path in images]
-    members = [np.stack([row.outputs[m] for row in rows]) for m in range(len(ensemble.members))]
-    turned_members = [np.stack([np.stack([version[m] for version in versions]) for versions in turned]) for m in range(len(ensemble.members))]
-    named = {f"member {m + 1}": (members[m], turned_members[m]) for m in range(len(members))}
+        return {}, list(dict.fromkeys(bad))
+    once, twice = len(images), 2 * len(images)
+    members = [np.stack([row.outputs[m] for row in [*rows[:once], *rows[twice:]]]) for m in range(len(ensemble.members))]
+    turned = [np.stack([row.outputs[m] for row in rows[once:twice]]) for m in range(len(ensemble.members))]
+    named = {f"member {m + 1}": (members[m], turned[m]) for m in range(len(members))}
     if len(members) > 1:
         rule, weights = ensemble.rule, ensemble.weights
-        named["ensemble"] = combine_embeddings(members, rule=rule, weights=weights), combine_embeddings(turned_members, rule=rule, weights=weights)
+        named["ensemble"] = combine_embeddings(members, rule=rule, weights=weights), combine_embeddings(turned, rule=rule, weights=weights)
     scores = {}
     for name, (vectors, versions) in named.items():
-        gallery = vectors[len(images) :].astype(np.float64)
-        scores[name] = vectors[: len(images)].astype(np.float64) @ gallery.T
+        gallery = vectors[once:].astype(np.float64)
+        scores[name] = vectors[:once].astype(np.float64) @ gallery.T
         scores[name + ROLLED] = (versions.astype(np.float64) @ gallery.T).max(axis=1)
+    gallery_entries = tuple(Entry(entry_id=str(i), inputs=(twice + i,)) for i in range(len(meshes)))
+    for name, first in ((FUSED, 0), (FUSED + ROLLED, once)):
+        asked = tuple(Entry(entry_id=str(i), inputs=(first + i,)) for i in range(len(images)))
+        requests = Requests(inputs=inputs, searches=(Search(direction="image_to_mesh", queries=asked, gallery=gallery_entries),))
+        answers = ranked(ensemble, requests, {i: row.outputs for i, row in enumerate(rows)}, top_k=len(meshes), options=options)
+        scores[name] = np.full((len(images), len(meshes)), -np.inf)
+        for found in answers:
+            scores[name][int(found.query), int(found.answer)] = found.score
     return scores, []
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import image_cad_pairs
-from benchmarks.image_cad_pairs import RIVAL, ROLLED, best_views, pair_figures, rolled, trained_on, unique_meshes
+from benchmarks.image_cad_pairs import FUSED, RIVAL, ROLLED, best_views, pair_figures, rolled, trained_on, unique_meshes
 from benchmarks.mesh_files import read_pairs
 from cad_models.common.cameras import Camera
 from cad_models.common.images import encode_png, prepare_image
@@ -115,7 +115,10 @@ def test_main_tells_members_ensemble_and_rival_and_writes_them(few, capsys, monk
     result = json.loads((few / "o/r.json").read_text())
     assert result["num_meshes"] == 3
     scope = result["figures"]["image_to_mesh/all"]
-    assert list(scope["figures"]) == [*(name + rolls for name in ("member 1", "member 2", "ensemble") for rolls in ("", ROLLED)), RIVAL, RIVAL + ROLLED]
+    methods = ("member 1", "member 2", "ensemble", FUSED, RIVAL)
+    assert list(scope["figures"]) == [name + rolls for name in methods for rolls in ("", ROLLED)]
+    # Untrained members, but by the default weights most of the fused score is the views'.
+    assert scope["figures"][FUSED]["recall@1"][0] == 1.0
     # A plate, a bar and a cube: their views tell them apart, and two of three answers are in the first three.
     assert scope["figures"][RIVAL]["recall@1"][0] == 1.0 and scope["figures"]["ensemble"]["recall@3"][0] == 1.0
     assert "2 pictures of 2 meshes; 3 meshes to search in" in printed and "| image → mesh | render (2) | ensemble, 24 rolls |" in printed
