@@ -219,6 +219,9 @@ def _threads(nodes: Sequence[Node], wanted: int, num_workers: int, share: float,
     # Only the driver's own machine is known to have other than the counted CPUs: what nodes declare is what counts.
     of_each = [node.cpus / min(wanted, fitting) for node in nodes if (fitting := node.room(share, gpus)) > 0]
     threads = max(1, int(min(of_each)))
+    if len(nodes) == 1:
+        # This very machine, which may declare more CPUs than it has cores: a submitted training has the threads of one that is run directly, and its numbers.
+        threads = min(threads, max(1, cores // wanted))
     return min(8, threads) if gpus else threads
 
 

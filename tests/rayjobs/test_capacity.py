@@ -69,13 +69,23 @@ def test_training_uses_gpus_by_default_only_where_each_worker_can_get_one():
     assert not plan(Capacity(present=(Node(cpus=8),)), num_workers=1).use_gpu
 
 
-def test_threads_are_the_cores_of_a_node_divided_among_the_workers_on_it():
+def test_threads_are_the_cores_of_a_node_divided_among_the_workers_on_it(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
     eight = Capacity(present=(Node(cpus=8),))
     assert plan(eight, num_workers=1).threads_per_worker == 8
     assert plan(eight, num_workers=2).threads_per_worker == 4
     assert plan(eight, num_workers=2, concurrent=3).threads_per_worker == 1
     assert plan(GROWING, num_workers=8).threads_per_worker == 8, "one GPU a node: the node's cores are its worker's"
     assert plan(eight, num_workers=2, threads_per_worker=3).threads_per_worker == 3
+
+
+@pytest.mark.parametrize("declared", [2, 3, 4, 16])
+@pytest.mark.parametrize("num_workers, concurrent", [(1, 1), (2, 1), (1, 2)])
+def test_one_node_that_declares_more_cpus_than_cores_gives_the_threads_of_a_direct_run(monkeypatch, declared, num_workers, concurrent):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    scale, node = ScaleConfig(num_workers=num_workers), Capacity(present=(Node(cpus=declared),))
+    joined, direct = (fit_workers(scale, node, concurrent_trainings=concurrent, joined=joined) for joined in (True, False))
+    assert joined.threads_per_worker == direct.threads_per_worker == 2 // (num_workers * concurrent)
 
 
 @pytest.mark.parametrize("num_workers, concurrent", [(1, 1), (3, 1), (2, 3), (5, 2)])
