@@ -19,7 +19,9 @@ TEXTS = [*sorted(p for p in CLUSTER.rglob("*") if p.is_file() and "__pycache__" 
 
 
 def requirements():
-    return [Requirement(text) for texts in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()) for text in texts]
+    """All of others: an extra may name another extra of this project."""
+    every = [Requirement(text) for texts in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()) for text in texts]
+    return [requirement for requirement in every if requirement.name != PROJECT["name"]]
 
 
 @pytest.mark.parametrize("requirement", requirements(), ids=str)
