@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -112,7 +112,7 @@ def running(cluster: LocalCluster) -> Iterator[RunningCluster]:
     }
     before = {name: os.environ.get(name) for name in reach}
     try:
-        os.environ.update(reach)  # for this process's own look at the cluster
+        set_environment(reach)  # for this process's own look at the cluster
         for attempt in range(1, _ATTEMPTS + 1):
             with (folder / "head.log").open("w") as log:
                 head = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
@@ -125,12 +125,21 @@ def running(cluster: LocalCluster) -> Iterator[RunningCluster]:
         _report_groups(cluster, address)
         yield started
     finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
         _end_all(mark)
+        set_environment(before)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def set_environment(values: Mapping[str, str | None]) -> None:
+    """Set variables of this process (None: unset), and have Ray look at them: it keeps the token, and whether there is one, from its first use on."""
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    for name, value in values.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _free_ports(count: int) -> list[int]:

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from benchmarks.autoscaling import search_command, watch
-from cluster.local.start import LocalCluster, processes, running
+from cluster.local.start import LocalCluster, processes, running, set_environment
 from tests.shared import REPOSITORY
 from tests.synthetic import make_dataset
 
@@ -23,6 +23,25 @@ START = str(REPOSITORY / "cluster/local/start.py")
 def test_mistake_in_the_flags_ends_with_status_2(flags):
     done = subprocess.run([sys.executable, START, *flags], capture_output=True, text=True, timeout=100)
     assert done.returncode == 2 and flags[0] in done.stdout + done.stderr
+
+
+def test_clusters_one_after_the_other_in_a_process_have_each_its_own_token(tmp_path, monkeypatch):
+    from ray._raylet import AuthenticationMode, AuthenticationTokenLoader, get_authentication_mode
+
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    before = get_authentication_mode()
+    try:
+        for name in ("first", "second"):
+            (tmp_path / name).write_text(name * 8)
+            set_environment({"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN_PATH": None})
+            assert get_authentication_mode() == AuthenticationMode.DISABLED
+            set_environment({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / name)})
+            assert get_authentication_mode() == AuthenticationMode.TOKEN
+            assert AuthenticationTokenLoader.instance().get_raw_token() == name * 8
+    finally:
+        set_environment({"RAY_AUTH_MODE": None, "RAY_AUTH_TOKEN_PATH": None})
+    assert get_authentication_mode() == before
 
 
 @pytest.mark.slow
