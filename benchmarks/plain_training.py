@@ -19,15 +19,26 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.plain_patches import plain_patches
 from cad_models.alignment.recipe import RECIPE, AlignmentRecipe
 from cad_models.config import replace_all
 from cad_models.learner import ADAPT_BATCH
 
+PUBLISHED = {
+    "data.query_conditions": False, "data.augmented_views": 0, "data.augmented_share": 0.0, "data.views_per_step": 0,
+    "model.size": "tiny", "model.residual_head": False, "loss.image_weight": 0.0,
+}  # fmt: skip
+
 
 def recipe(num_epochs: int, quick: bool) -> AlignmentRecipe:
-    """The room's default recipe, of so many epochs; in a quick run with fewer points."""
-    changes = {"schedule.num_epochs": num_epochs, "schedule.num_warmup_epochs": 1.0}
-    return replace_all(RECIPE, changes | ({"data.num_points": 1_024, "model.num_points": 256} if quick else {}))
+    """The training that published code has, all stored views and the loss between images and meshes alone, of so many epochs; quick: of few points."""
+    return replace_all(RECIPE, PUBLISHED | changes(num_epochs, quick))
+
+
+def changes(num_epochs: int, quick: bool) -> dict[str, object]:
+    """What train.py is told by flags, beside ``PUBLISHED``."""
+    smaller = {"data.num_points": 1_024, "model.num_points": 256} if quick else {}
+    return {"schedule.num_epochs": num_epochs, "schedule.num_warmup_epochs": 1.0, **smaller}
 
 
 # --- as research code -----------------------------------------------------------------------------------------------------------------------
@@ -54,25 +65,6 @@ class NpzObjects(torch.utils.data.Dataset):
         }
 
 
-def _research_groups(encoder: nn.Module, points: Tensor) -> tuple[Tensor, Tensor]:
-    config, rows = encoder.config, torch.arange(len(points))
-    xyz = points[..., :3].contiguous()
-    chosen = torch.zeros(len(points), config.num_groups, dtype=torch.long)
-    distance = torch.full(xyz.shape[:2], 1e10)
-    farthest = torch.zeros(len(points), dtype=torch.long)
-    for i in range(config.num_groups):
-        chosen[:, i] = farthest
-        to_center = torch.sum((xyz - xyz[rows, farthest].unsqueeze(1)) ** 2, dim=-1)
-        closer = to_center < distance
-        distance[closer] = to_center[closer]
-        farthest = torch.max(distance, dim=-1)[1]
-    centers = xyz[rows[:, None], chosen]
-    squares = -2 * centers @ xyz.transpose(1, 2) + centers.square().sum(-1, keepdim=True) + xyz.square().sum(-1).unsqueeze(1)
-    neighbor = torch.topk(squares, config.group_size, dim=-1, largest=False)[1]
-    groups = points[rows[:, None, None], neighbor]
-    return torch.cat([groups[..., :3] - centers.unsqueeze(2), groups[..., 3:]], dim=-1), centers
-
-
 class ResearchModel(nn.Module):
     """The learner's towers, patches on the fly, full logits on every rank."""
 
@@ -80,7 +72,10 @@ class ResearchModel(nn.Module):
         super().__init__()
         self.learner = learner
         encoder = learner.point_encoder
-        encoder.group = lambda points: _research_groups(encoder, points)
+        config = encoder.config
+        encoder.group = lambda points: plain_patches(
+            points, config.num_groups, config.group_size, first=torch.zeros(len(points), dtype=torch.long)
+        )
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """The loss of the whole batch."""

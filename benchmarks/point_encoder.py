@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.measure import Comparison, Settings, compared, product_flops, row_main, seconds_in_turn
+from benchmarks.plain_patches import plain_patches
 from benchmarks.point_groups import clouds
 from cad_models.alignment.model_config import PointEncoderConfig, released_config
 from cad_models.alignment.point_encoder import PointEncoder
@@ -20,24 +21,10 @@ from cad_models.alignment.point_encoder import PointEncoder
 
 def naive_groups(points: Tensor, config: PointEncoderConfig) -> tuple[Tensor, Tensor]:
     """Patches and centres; farthest points by the rules of pointnet2_ops, the chain of centres by a loop."""
-    batch, num_points, _ = points.shape
-    xyz, rows = points[..., :3].contiguous(), torch.arange(batch)
-    chosen = torch.zeros(batch, config.num_groups, dtype=torch.long)
-    distance = torch.full((batch, num_points), 1e10)
-    distance[xyz.square().sum(dim=-1) <= 1e-3] = -1.0
-    farthest = torch.zeros(batch, dtype=torch.long)
-    for i in range(config.num_groups):
-        chosen[:, i] = farthest
-        to_center = torch.sum((xyz - xyz[rows, farthest].unsqueeze(1)) ** 2, dim=-1)
-        closer = to_center < distance
-        distance[closer] = to_center[closer]
-        farthest = torch.max(distance, dim=-1)[1]
-    centers = xyz[rows[:, None], chosen]
-    squares = -2 * centers @ xyz.transpose(1, 2)
-    squares = squares + centers.square().sum(dim=-1, keepdim=True) + xyz.square().sum(dim=-1).unsqueeze(1)
-    neighbor = torch.topk(squares, config.group_size, dim=-1, largest=False)[1]
-    groups = points[rows[:, None, None], neighbor]
-    groups = torch.cat([groups[..., :3] - centers.unsqueeze(2), groups[..., 3:]], dim=-1)
+    batch, rows = len(points), torch.arange(len(points))
+    skipped = points[..., :3].square().sum(dim=-1) <= 1e-3
+    first = torch.zeros(batch, dtype=torch.long)
+    groups, centers = plain_patches(points, config.num_groups, config.group_size, first=first, skipped=skipped)
     if config.causal:
         apart = torch.cdist(centers, centers)
         apart[:, torch.arange(config.num_groups), torch.arange(config.num_groups)] = float("inf")

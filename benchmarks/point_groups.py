@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Comparison, Settings, compared, copy_bandwidth, row_main, seconds_in_turn
+from benchmarks.plain_patches import plain_patches
 from cad_models.common.grouping import farthest_points, gather_points, nearest_neighbors
 
 NUM_CENTERS, GROUP_SIZE = 512, 32
@@ -41,25 +42,9 @@ def ours_stored_order(ordered: Tensor) -> Tensor:
 
 
 def naive(points: Tensor) -> Tensor:
-    """As research code on PointNet++ and Point-BERT does it: distances to all points for every pick, a masked update, expanded squares and topk."""
-    batch, num_points, _ = points.shape
-    rows = torch.arange(batch)
-    chosen = torch.zeros(batch, NUM_CENTERS, dtype=torch.long)
-    distance = torch.full((batch, num_points), 1e10)
-    farthest = (points - points.mean(dim=1, keepdim=True)).square().sum(dim=-1).argmax(dim=-1)
-    for i in range(NUM_CENTERS):
-        chosen[:, i] = farthest
-        center = points[rows, farthest].unsqueeze(1)
-        to_center = torch.sum((points - center) ** 2, dim=-1)
-        closer = to_center < distance
-        distance[closer] = to_center[closer]
-        farthest = torch.max(distance, dim=-1)[1]
-    centers = points[rows[:, None], chosen]
-    squares = -2 * centers @ points.transpose(1, 2)
-    squares += torch.sum(centers**2, dim=-1)[:, :, None]
-    squares += torch.sum(points**2, dim=-1)[:, None, :]
-    neighbor = torch.topk(squares, GROUP_SIZE, dim=-1, largest=False)[1]
-    return points[rows[:, None, None], neighbor] - centers.unsqueeze(2)
+    """Groups as research code makes them."""
+    first = (points - points.mean(dim=1, keepdim=True)).square().sum(dim=-1).argmax(dim=-1)
+    return plain_patches(points, NUM_CENTERS, GROUP_SIZE, first=first)[0]
 
 
 def libraries(points: Tensor) -> tuple[Tensor, Tensor]:

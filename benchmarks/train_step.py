@@ -14,8 +14,7 @@ from pathlib import Path
 
 from benchmarks.generated_dataset import write_dataset
 from benchmarks.measure import Comparison, Settings, row_main, times_better
-from benchmarks.plain_training import recipe
-from cad_models.config import paths
+from benchmarks.plain_training import PUBLISHED, changes, recipe
 
 _ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 1024
@@ -31,8 +30,9 @@ def _run(command: list[str]) -> None:
 
 def ours(dataset: Path, out: Path, *, num_workers: int, epochs: int, quick: bool) -> dict[str, list[float]]:
     """Rates and losses of every epoch, from the run's metrics."""
-    chosen = paths(recipe(epochs, quick))
-    flags = [f"--{path.replace('_', '-')}={chosen[path]}" for path in ("schedule.num_epochs", "schedule.num_warmup_epochs", "model.num_points")]
+    told = PUBLISHED | changes(epochs, quick)
+    flags = [f"--{path.replace('_', '-')}={value}" for path, value in told.items() if not isinstance(value, bool)]
+    flags += [f"--{path.replace('.', '.no-', 1).replace('_', '-')}" for path, value in told.items() if value is False]
     _run(
         [
             sys.executable, "rayjobs/train.py", "--task", "alignment", "--dataset", str(dataset), "--output", str(out), "--name", "run",
@@ -80,7 +80,7 @@ def run(settings: Settings) -> list[Comparison]:
                 ratio, low, high = times_better(seconds["ours"], seconds[rival])
                 found.append(
                     Comparison(
-                        row=1, what=f"training, {num_workers} worker{'s' if num_workers > 1 else ''}, default recipe", unit="objects/s",
+                        row=1, what=f"training, {num_workers} worker{'s' if num_workers > 1 else ''}, published recipe", unit="objects/s",
                         against={"research": "torchrun + DataLoader on .npz, as research code", "tuned": "torchrun, tuned by hand"}[rival],
                         ours=1 / statistics.median(seconds["ours"]), theirs=1 / statistics.median(seconds[rival]), ratio=ratio, low=low, high=high,
                         num_rounds=rounds, at_least=aim,

@@ -297,12 +297,10 @@ class Training:
         with self.folder.fetched(f"best/{self._score_folder}") as directory:
             best = load_member(directory, device=str(self.device))
         reported = self.task.report_splits if self.config.report else ()
-        wanted = ("val", "test", *reported)
-        streams = {name: getattr(self.config, name) for name in dict.fromkeys((*wanted, self.task.reference_split)) if name}
         predicted = {
-            name: predict_split(self.task, self.recipe, best.learner, stream, self.device, more=True, group=self.cpu_group)
-            for name, stream in streams.items()
-            if stream.num_rows
+            name: predict_split(self.task, self.recipe, best.learner, getattr(self.config, name), self.device, more=True, group=self.cpu_group)
+            for name in dict.fromkeys(("val", "test", *reported, self.task.reference_split))
+            if name and getattr(self.config, name).num_rows
         }
         if self.rank == 0:
             reference = predicted.get(self.task.reference_split)
