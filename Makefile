@@ -26,11 +26,11 @@ demo: setup  ## generated parts -> prepare -> embed -> tune -> register -> infer
 	    --queries $(DEMO)/queries --gallery $(DEMO)/gallery --output $(DEMO)/submission.csv
 	@echo "look at $(DEMO)/submission.html; the tracked runs: $(BIN)/mlflow ui --backend-store-uri sqlite:///$(DEMO)/mlflow/mlflow.db"
 
-test: setup  ## the tests, without the slow ones
-	$(OWN) $(BIN)/python -m pytest -m "not slow"
+test: setup  ## the tests, without the slow ones; several files at once, each on one thread
+	$(OWN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses logical --maxprocesses 4 --dist loadfile
 
 test-slow: setup  ## kills, restarts, whole jobs
-	$(OWN) $(BIN)/python -m pytest -m slow
+	$(OWN) $(BIN)/python -m pytest -m slow --durations 10
 
 test-all: test test-slow
 
