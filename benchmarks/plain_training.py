@@ -99,7 +99,7 @@ def research(chosen: AlignmentRecipe, dataset: Path) -> tuple[list[float], list[
     model: nn.Module = ResearchModel(learner)
     if dist.get_world_size() > 1:
         model = nn.parallel.DistributedDataParallel(model)
-    data = NpzObjects(dataset / "npz" / "train", chosen.model.num_points, chosen.data)
+    data = NpzObjects(dataset / "npz" / "train", chosen.model.num_read_points, chosen.data)
     sampler = torch.utils.data.DistributedSampler(data, shuffle=True, seed=chosen.seed, drop_last=True)
     share = chosen.batch_size // dist.get_world_size()
     loader = torch.utils.data.DataLoader(data, batch_size=share, sampler=sampler, num_workers=2, drop_last=True)

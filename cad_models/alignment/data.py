@@ -330,11 +330,12 @@ def examples(tables: dict[str, pa.Table], recipe: AlignmentRecipe) -> Columns:
     With ``data.query_conditions`` also ``query_views_<condition>``, as ``query_views``; with ``data.augmented_share`` also ``augmented_views`` float16
     [n, most views, versions, width]."""
     objects, embeddings = tables["objects"], tables["embeddings"]
-    num_points = recipe.model.num_points
+    num_points = recipe.model.num_read_points
     stored = to_numpy(objects, "points")
     if stored.shape[1] < num_points:
         raise DatasetError(
-            f"--model.num-points {num_points} is more than the dataset's {stored.shape[1]} points: prepare with --data.num-points {num_points} or more"
+            f"--model.num-points {num_points} is more than the dataset's {stored.shape[1]} points: prepare with --data.num-points {num_points} or more, or "
+            f"read fewer: --model.num-points {stored.shape[1]}"
         )
     points = stored[:, :num_points]
     if "normals" in recipe.model.channels:

@@ -13,6 +13,7 @@ from cad_models.alignment.loss import MultiPositiveContrastiveLoss
 from cad_models.alignment.model import MixtureOfExperts, PointEncoder, parameter_groups
 from cad_models.alignment.model_config import HeadConfig, PointEncoderConfig, point_encoder_config, released_config
 from cad_models.alignment.pair_histogram import PairEncoder
+from cad_models.alignment.projection import ProjectionEncoder
 from cad_models.alignment.recipe import AlignmentModel, AlignmentRecipe
 from cad_models.learner import ADAPT_BATCH, EmbeddingLearner, check_fit
 
@@ -33,7 +34,7 @@ class AlignmentLearner(nn.Module, EmbeddingLearner):
     def __init__(self, recipe: AlignmentRecipe, image_width: int):
         super().__init__()
         model = recipe.model
-        self.point_encoder = PairEncoder(model.embed_dim) if model.size == "pairs" else PointEncoder(_encoder_config(model))
+        self.point_encoder = _point_encoder(model)
         self.image_head = MixtureOfExperts(
             HeadConfig(
                 num_experts=model.num_experts,
@@ -164,10 +165,18 @@ class AlignmentLearner(nn.Module, EmbeddingLearner):
 
 def build(recipe: AlignmentRecipe, signature: dict[str, Any]) -> AlignmentLearner:
     """The learner for data of this signature. Raises ValueError naming both sides where recipe and signature differ."""
-    for name, wanted in (("num_points", recipe.model.num_points), ("channels", recipe.model.channels)):
+    for name, wanted in (("num_points", recipe.model.num_read_points), ("channels", recipe.model.channels)):
         if signature[name] != wanted:
             raise ValueError(f"the recipe's model.{name} is {wanted!r}, the signature says {signature[name]!r}")
     return AlignmentLearner(recipe, signature["image_width"])
+
+
+def _point_encoder(model: AlignmentModel) -> nn.Module:
+    if model.size == "pairs":
+        return PairEncoder(model.embed_dim)
+    if model.size == "projection":
+        return ProjectionEncoder(model.embed_dim)
+    return PointEncoder(_encoder_config(model))
 
 
 def _encoder_config(model: AlignmentModel) -> PointEncoderConfig:

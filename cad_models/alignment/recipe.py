@@ -66,15 +66,16 @@ class AlignmentModel:
     """Point encoder (ReConV2 style) and image head (mixture of experts)."""
 
     size: Literal[
-        "pairs", "tiny", "small", "base", "large",
+        "pairs", "projection", "tiny", "small", "base", "large",
         "recon_small", "recon_small_1k", "recon_base", "recon_base_1k", "recon_large", "recon_large_1k", "recon_giant",
     ] = "tiny"  # fmt: skip
-    """Point encoder; pairs reads histograms over pairs of points alone, tiny is a transformer for CPUs, small, base and large are ReConV2's sizes. recon_* are its released checkpoints to the last detail, defects
-    included: to start from one with --init-from."""
+    """Point encoder; projection describes small pictures of the points from 24 sides (give it all stored points), pairs reads histograms over pairs of
+    points alone, tiny is a transformer for CPUs, small, base and large are ReConV2's sizes. recon_* are its released checkpoints to the last detail,
+    defects included: to start from one with --init-from."""
     channels: Literal["xyz", "xyz+normals", "xyz+color"] = "xyz+normals"
     """What the encoder sees of each point. xyz+color gives every point the gray by which ReConV2 stands for a missing colour."""
     num_points: int = 1_024
-    """Points that the encoder reads (a prefix of the stored farthest-point order)."""
+    """Points that the encoder reads (a prefix of the stored farthest-point order); 0 = as many as suit it: 10,000 for projection, else 1,024."""
     embed_dim: int = 512
     """Width of the shared embedding space."""
     num_experts: int = 4
@@ -90,9 +91,15 @@ class AlignmentModel:
     patch_dropout: float = 0.0
     """Share of the point patches left out in training; evaluation sees all."""
 
+    @property
+    def num_read_points(self) -> int:
+        """``num_points``, resolved."""
+        return self.num_points or (10_000 if self.size == "projection" else 1_024)
+
     def __post_init__(self) -> None:
-        if self.pair_histogram or self.size == "pairs":
-            asked = "--model.pair-histogram" if self.pair_histogram else "--model.size pairs"
+        check(self.num_points >= 0, "model.num_points", self.num_points, "at least 0 (0 = as many as suit the encoder)")
+        if self.pair_histogram or self.size in ("pairs", "projection"):
+            asked = "--model.pair-histogram" if self.pair_histogram else f"--model.size {self.size}"
             check(self.channels == "xyz+normals", "model.channels", self.channels, f"xyz+normals with {asked} (or take another --model.size)")
         if self.size.startswith("recon_"):
             channels = "xyz" if self.size.endswith("_1k") else "xyz+color"
@@ -136,7 +143,7 @@ RECIPE = AlignmentRecipe(
     optim=OptimConfig(lr=5e-4, head_lr=2e-3, weight_decay=0.05, grad_clip_norm=10.0, ema_decay=0.99),
     schedule=ScheduleConfig(num_epochs=24, num_warmup_epochs=2.0),
     data=AlignmentData(query_conditions=True, augmented_views=3, augmented_share=0.5, views_per_step=8),
-    model=AlignmentModel(size="pairs", residual_head=True),
+    model=AlignmentModel(size="projection", num_points=0, residual_head=True),
     loss=AlignmentLoss(image_weight=0.3),
 )
 """Defaults that reproduce the figures in this room's README on two CPU cores."""

@@ -198,7 +198,7 @@ class AlignmentTask(Task):
         return {
             "axes": "z-up, centred on the surface's centroid, radius 1",
             "channels": recipe.model.channels,
-            "num_points": recipe.model.num_points,
+            "num_points": recipe.model.num_read_points,
             "num_stored_points": dataset["manifest"].settings["num_points"],
             "encoder": embeddings.encoder,
             "encoder_digest": embeddings.encoder_digest,

@@ -13,6 +13,7 @@ from benchmarks import contrastive_loss, mixture_of_experts, point_groups
 from benchmarks.measure import seconds_in_turn, times_better
 from cad_models.alignment.model_config import HeadConfig
 from cad_models.alignment.moe import MixtureOfExperts
+from cad_models.alignment.projection import ProjectionEncoder, described, projected_features, projected_pictures
 from cad_models.common.retrieval import top_k
 
 
@@ -39,6 +40,12 @@ def test_patches_are_several_times_faster_than_the_plain_loop():
     points = point_groups.clouds(1, 6_000)
     point_groups.check_equal(point_groups.naive(points), point_groups.ours(points), where="naive")
     assert_times_faster(6, lambda: point_groups.ours(points), lambda: point_groups.naive(points))
+
+
+def test_compiled_projection_is_faster_than_plain_torch():
+    points = torch.cat([point_groups.clouds(1, 6_000), F.normalize(torch.randn(1, 6_000, 3), dim=-1)], dim=-1)
+    axes = ProjectionEncoder(4).axes
+    assert_times_faster(1.1, lambda: projected_features(points, axes), lambda: described(projected_pictures(points, axes).flatten(0, 1)))
 
 
 def test_contrastive_loss_is_faster_than_full_logits():

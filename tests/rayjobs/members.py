@@ -22,7 +22,7 @@ def write_tiny_member(
     signature = {
         "axes": "z-up, centred on the surface's centroid, radius 1",
         "channels": recipe.model.channels,
-        "num_points": recipe.model.num_points,
+        "num_points": recipe.model.num_read_points,
         "num_stored_points": recipe.data.num_points,
         "encoder": encoder,
         "encoder_digest": encoder_digest,
