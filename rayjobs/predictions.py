@@ -14,7 +14,7 @@ from cad_models.task import Columns, Predictions, Task
 from rayjobs.streams import ROW_KEY, SplitStream, concatenated
 
 _EVAL_BATCH = 64
-MORE_OBJECTS = 1_024
+MORE_OBJECTS = 256
 """Objects of a split for which `Learner.predict_more` is asked: what it gives may be large, and memory must not grow with the dataset."""
 
 

@@ -211,7 +211,7 @@ def averaged_views(views: np.ndarray, count: np.ndarray, size: int) -> tuple[np.
         length = min(size, n) if size else n
         for start in range(0, n - length + 1, length):
             mean = rows[start : start + length].astype(np.float64).mean(0)
-            means.append(mean / max(np.linalg.norm(mean), 1e-12))
+            means.append((mean / max(np.linalg.norm(mean), 1e-12)).astype(np.float32))
             owner.append(i)
     dim = views.shape[2]
     return np.array(means, dtype=np.float32).reshape(-1, dim), np.array(owner, dtype=np.int64)

@@ -3,8 +3,8 @@
 import numpy as np
 from jaxtyping import Float
 
-# Bound on the weights of one block of resamples: 32 MB.
-_BLOCK_ELEMENTS = 1 << 22
+# Bound on the weights of one block of resamples: 2 MB.
+_BLOCK_ELEMENTS = 1 << 18
 
 
 def ratio_intervals(

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 # Bound on the elements of one block of scores: on a CPU what its caches hold (larger ones are slower, and cost memory that grows with the split).
-_BLOCK_ELEMENTS_CPU = 1 << 20
+_BLOCK_ELEMENTS_CPU = 1 << 19
 _BLOCK_ELEMENTS_ACCELERATOR = 1 << 24
 # The same for candidates' vectors: they stay in the cache between being gathered and multiplied.
 _CANDIDATE_ELEMENTS = 1 << 18
