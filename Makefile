@@ -20,7 +20,7 @@ demo: setup  ## generated parts -> prepare -> embed -> tune -> register -> infer
 	$(OWN) $(BIN)/python rayjobs/prepare.py --task alignment --source $(DEMO)/parts --dataset $(DEMO)/dataset --preview $(DEMO)/parts.png
 	$(OWN) $(BIN)/python rayjobs/embed.py --task alignment --dataset $(DEMO)/dataset
 	$(OWN) $(BIN)/python rayjobs/tune.py --task alignment --dataset $(DEMO)/dataset --output $(DEMO)/searches --tracking.folder $(DEMO)/mlflow \
-	    --search.num-samples 4 --search.scheduler none --schedule.num-epochs 12 --ensemble-size 3
+	    --search.num-samples 4 --search.scheduler none --schedule.num-epochs 8 --ensemble-size 3
 	$(BIN)/python -m cad_models.alignment.examples_on_disk queries --dataset $(DEMO)/dataset --parts $(DEMO)/parts --out $(DEMO)
 	$(OWN) $(BIN)/python rayjobs/infer.py --task alignment --model models:/cad-alignment@champion --tracking.folder $(DEMO)/mlflow \
 	    --queries $(DEMO)/queries --gallery $(DEMO)/gallery --output $(DEMO)/submission.csv

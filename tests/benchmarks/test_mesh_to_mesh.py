@@ -1,13 +1,11 @@
 """Figures of mesh -> mesh by hand, the CSV of families, the split by families, and the whole benchmark on a few boxes."""
 
 import csv
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks.family_split import family_split
 from benchmarks.mesh_files import duplicate_groups, read_families, read_pairs
 from benchmarks.mesh_to_mesh import family_figures, measure, table
 from benchmarks.tables import with_intervals
@@ -101,32 +99,6 @@ def test_duplicate_groups_copies_under_other_names_and_sizes_are_one_and_broken_
     assert duplicate_groups(paths).tolist() == [0, 1, 0, 3, 4]
 
 
-def test_family_split_keeps_families_and_duplicates_whole_and_held_out_ones_in_test():
-    rng = np.random.default_rng(0)
-    family = [f"f{i}" for i in rng.integers(0, 60, 200)]
-    duplicate, held_out = list(range(200)), {10, 11}
-    split = family_split(family, duplicate, held_out)
-    by_family = {}
-    for name, own in zip(family, split, strict=True):
-        by_family.setdefault(name, set()).add(own)
-    assert all(len(names) == 1 for names in by_family.values())
-    assert split[10] == split[11] == "test"
-    count = Counter(split)
-    assert 36 <= count["test"] <= 44 and 16 <= count["val"] <= 20
-    assert split == family_split(family, duplicate, held_out) and split != family_split(family, duplicate, held_out, seed=1)
-
-
-def test_family_split_families_with_exact_duplicates_go_together():
-    # Every second family holds a copy of a mesh of the family before it.
-    family = [f"f{i // 2:02}" for i in range(80)]
-    duplicate = [i - 2 if i % 4 == 3 else i for i in range(80)]
-    for seed in range(3):
-        split = family_split(family, duplicate, {0}, seed=seed)
-        assert [len(set(split[i : i + 4])) for i in range(0, 80, 4)] == [1] * 20
-        assert split[:4] == ["test"] * 4 and set(split) == {"train", "val", "test"}
-
-
-# --- the whole ----------------------------------------------------------------------------------------------------------------------------
 def test_measure_scale_tells_families_of_one_shape_apart_for_the_measures_only(tmp_path):
     meshes = {}
     for scale in (1, 40):
