@@ -8,7 +8,15 @@ import torch
 from cad_models.alignment import projection
 from cad_models.alignment.learner import AlignmentLearner
 from cad_models.alignment.model import parameter_groups
-from cad_models.alignment.projection import SIZE, WIDTH, ProjectionEncoder, described, projected_features, projected_pictures
+from cad_models.alignment.projection import (
+    SIZE,
+    WIDTH,
+    ProjectionEncoder,
+    described,
+    plain_features,
+    projected_features,
+    projected_pictures,
+)
 from cad_models.alignment.recipe import AlignmentModel, AlignmentRecipe
 from cad_models.common.cameras import Camera, ring_cameras
 
@@ -43,7 +51,10 @@ TOP = [Camera(azimuth_deg=0.0, elevation_deg=90.0)]
 
 def test_compiled_features_are_those_of_the_plain_code():
     points, cameras = boxes(3), axes(ring_cameras(7))
-    plain = described(projected_pictures(points, cameras).flatten(0, 1)).unflatten(0, (3, 7))
+    plain = plain_features(points, cameras)
+    assert plain.shape == (3, 7, WIDTH)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(plain_features(points, cameras), plain)
     found = projected_features(points, cameras)
     assert found.shape == (3, 7, WIDTH) and found.dtype == torch.float32
     # A point on the border of two pixels may fall to either side by rounding.
