@@ -1,7 +1,7 @@
-"""A point encoder that looks at a cloud from many sides: points projected into small pictures, described by oriented gradients, read by a small network.
+"""A point encoder that looks at a cloud from many sides: points projected into small pictures, described by oriented gradients, read by one layer.
 
 Projecting points is how SimpleView (Goyal et al., ICML 2021) and PointCLIP (Zhang et al., CVPR 2022) read clouds with networks for pictures. A few hundred
-objects do not train such a network; they do train two layers on histograms of oriented gradients, which every object gives from every side.
+objects do not train such a network; they do train a linear layer on histograms of oriented gradients, which every object gives from every side.
 """
 
 import math
@@ -29,6 +29,7 @@ WIDTH = _NUM_CELLS**2 * _NUM_DIRECTIONS + _NUM_RINGS * _NUM_FREQUENCIES * _NUM_R
 _CAMERA_DISTANCE = 4.0
 # The part fills the picture but for this many pixels at each border.
 _BORDER = 3
+# Largest tangent of a surface's slant that widens its tolerance: beyond it, points seen edge-on would show through what hides them.
 _STEEPEST = 5.0
 # The polar grid ends at this many root-mean-square radii.
 _RADII = 2.4
@@ -98,6 +99,8 @@ def projected_features(points: Float[Tensor, "batch num_points 6"], axes: Float[
     points = points.float()
     if points.device.type != "cpu":
         return plain_features(points, axes)
+    if len(points) == 0:
+        return points.new_zeros(0, len(axes), WIDTH)
     clouds, cameras = points.numpy(), axes.numpy()
 
     def of(cloud: np.ndarray) -> Tensor:

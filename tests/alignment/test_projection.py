@@ -126,6 +126,11 @@ def test_cloud_turned_with_its_camera_gives_the_same_picture():
     assert torch.nn.functional.cosine_similarity(first, second, dim=-1).min() > 0.999
 
 
+def test_no_clouds_have_no_features():
+    assert projected_features(boxes(1)[:0], axes(ring_cameras(2))).shape == (0, 2, WIDTH)
+    assert ProjectionEncoder(6)(boxes(1)[:0]).shape == (0, 6)
+
+
 def test_encoder_gives_unit_vectors_and_a_gradient_to_every_parameter():
     torch.manual_seed(0)
     encoder, points = ProjectionEncoder(6), boxes(5, 600)
