@@ -42,6 +42,7 @@ from cad_models.tasks import TASKS
 from rayjobs.batching import fitting_batch_size, prefetched, regrouped
 from rayjobs.gradients import autocast_for, cached_backward, checked_micro_batch_size, same_everywhere, seed_of_step
 from rayjobs.history import CSV_NAME, PNG_NAME, history_csv, history_png
+from rayjobs.memory import release_freed_memory
 from rayjobs.predictions import final_figures, fitted_alone, predict_split, rank, split_metrics, world_size
 from rayjobs.streams import ROW_KEY, SplitStream
 from rayjobs.system_metrics import system_metrics
@@ -242,6 +243,7 @@ class Training:
             metrics = split_metrics(
                 self.task, self.recipe, self.learner, config.val, self.device, "val", reference=config.reference, group=self.cpu_group
             )
+            release_freed_memory()  # training goes on with as much as it had
             metrics = self._shared(metrics)
             metrics |= {f"train/{name}": value for name, value in self._mean_scalars().items()}
             self._check_finite({name: value for name, value in metrics.items() if name.endswith(("loss", "grad_norm"))})

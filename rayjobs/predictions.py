@@ -11,6 +11,7 @@ from torch import nn
 
 from cad_models.config import Recipe
 from cad_models.task import Columns, Predictions, Task
+from rayjobs.memory import RegularRelease, release_freed_memory
 from rayjobs.streams import ROW_KEY, SplitStream, concatenated
 
 _EVAL_BATCH = 64
@@ -81,6 +82,7 @@ def predict_split(
     pieces: list[Columns] = []
     costly: list[Columns] = []
     end = stream.key_after(MORE_OBJECTS) if more else 0
+    release = RegularRelease()
     with torch.inference_mode():
         for columns in stream.parts(rank(), world_size()):
             keys = columns.pop(ROW_KEY)
@@ -91,6 +93,8 @@ def predict_split(
                 pieces.append({n: _array(t) for n, t in learner.predict(batch).items()} | numbered)
                 if keys[start] < end and (added := learner.predict_more(batch)):
                     costly.append({n: _array(t) for n, t in added.items()} | numbered)
+            release()
+    release_freed_memory()
     learner.train(was_training)
     if group is not None:
         gathered: list[Any] | None = [None] * world_size() if rank() == 0 else None

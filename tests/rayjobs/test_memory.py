@@ -1,0 +1,54 @@
+"""Memory that was freed goes back to the system."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rayjobs import memory
+
+needs_glibc = pytest.mark.skipif(memory._malloc_trim() is None or not sys.platform.startswith("linux"), reason="the C library has no malloc_trim")
+
+
+def private_mb() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1e3
+
+
+def fragmented(num_blocks: int = 2_000) -> list[np.ndarray]:
+    """Blocks of 64 kB with a small one after each; only the small ones are kept, so that the heap cannot shrink by itself."""
+    kept, freed = [], []
+    for _ in range(num_blocks):
+        freed.append(np.ones(64_000, dtype=np.uint8))
+        kept.append(np.ones(2_000, dtype=np.uint8))
+    return kept
+
+
+@needs_glibc
+def test_freed_memory_goes_back_though_some_is_held_above_it():
+    memory.release_freed_memory()
+    before = private_mb()
+    kept = fragmented()
+    held = private_mb() - before
+    memory.release_freed_memory()
+    assert held > 100
+    assert private_mb() - before < 0.3 * held
+    assert all((block == 1).all() for block in kept)
+
+
+def test_regular_release_is_at_most_once_a_second(monkeypatch):
+    times, released = iter([0.0, 0.5, 1.5, 1.5, 2.0, 2.6, 2.6]), []
+    monkeypatch.setattr(memory.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(memory, "release_freed_memory", lambda: released.append(True))
+    release = memory.RegularRelease()
+    counts = []
+    for _ in range(4):
+        release()
+        counts.append(len(released))
+    assert counts == [0, 1, 1, 2]
+
+
+def test_without_malloc_trim_nothing_happens(monkeypatch):
+    monkeypatch.setattr(memory, "_malloc_trim", lambda: None)
+    memory.release_freed_memory()
