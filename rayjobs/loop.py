@@ -21,7 +21,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,11 @@ from rayjobs.memory import release_freed_memory
 from rayjobs.predictions import final_figures, fitted_alone, predict_split, rank, split_metrics, world_size
 from rayjobs.streams import ROW_KEY, SplitStream
 from rayjobs.system_metrics import system_metrics
+from rayjobs.telemetry import show
 
 _STOP_POLL_STEPS = 8
 _PROGRESS_S = 2.0
+_LEAVING_POLL_S = 5.0
 
 
 class TrainingDiverged(ValueError):
@@ -93,8 +95,11 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     def report(metrics: dict[str, float]) -> None:
         ray.train.report(metrics)
 
+    def node_is_leaving() -> bool:
+        return ray.train.get_preemption_info() is not None
+
     try:
-        Training(loop, device=device, report=report).run()
+        Training(loop, device=device, report=report, node_is_leaving=node_is_leaving).run()
     except ValueError as error:
         # A user's mistake or diverged numbers: trying again cannot help, so it must not look like a lost worker to Ray Train. A worker that is
         # alone with it (one broken part file) lets the others go, who would wait for it until their timeout.
@@ -108,10 +113,20 @@ class Training:
 
     Args:
         report: Called with the metrics after each evaluation, on every worker.
+        node_is_leaving: Whether the cluster has announced that a worker's node will go (a spot machine's notice): asked now and then, on every worker
+            alike, for they wait for each other in it. A checkpoint is saved at once, and training goes on until the node is gone.
     """
 
-    def __init__(self, config: LoopConfig, *, device: torch.device | str = "cpu", report=lambda metrics: None):
+    def __init__(
+        self,
+        config: LoopConfig,
+        *,
+        device: torch.device | str = "cpu",
+        report: Callable[[dict[str, float]], None] = lambda metrics: None,
+        node_is_leaving: Callable[[], bool] = lambda: False,
+    ):
         self.config, self.device, self.report = config, torch.device(device), report
+        self.node_is_leaving, self._asked, self._saved_for_leaving = node_is_leaving, time.monotonic(), False
         self.task: Task = TASKS[config.task]
         self.recipe = config.recipe
         self.folder = Folder(config.run_folder)
@@ -190,8 +205,10 @@ class Training:
                 shown = time.monotonic()
                 rate = (state.step - first_step) * self.batch_size / max(1e-9, shown - started)
                 self._write_progress(steps, rate)
-            if state.global_step % _STOP_POLL_STEPS == 0 and state.step < steps and self._stop_requested():
-                return False
+            if state.global_step % _STOP_POLL_STEPS == 0 and state.step < steps:
+                if self._stop_requested():
+                    return False
+                self._save_if_a_node_leaves()
             if config.checkpoint_every_steps and state.global_step % config.checkpoint_every_steps == 0 and state.step < steps:
                 self._save_last()
         state.objects_per_s = (state.step - first_step) * self.batch_size / max(1e-9, time.monotonic() - started)
@@ -264,6 +281,7 @@ class Training:
         if self.rank == 0:
             self._write_history()
             self._write_progress(0, state.objects_per_s)
+            self._show(metrics)
         self.report({**metrics, "epoch": float(state.epoch)})
 
     def _improved(self, metrics: dict[str, float]) -> list[str]:
@@ -418,14 +436,41 @@ class Training:
         return box[0]
 
     def _stop_requested(self) -> bool:
-        stop = torch.tensor([int(self.rank == 0 and self.folder.exists("STOP"))])
+        # RESIZE: the same, to start again with more workers.
+        return self._first_says(self.rank == 0 and (self.folder.exists("STOP") or self.folder.exists("RESIZE")))
+
+    def _save_if_a_node_leaves(self) -> None:
+        due = self._first_says(time.monotonic() - self._asked > _LEAVING_POLL_S)
+        if not due:
+            return
+        self._asked = time.monotonic()
+        leaving = self.node_is_leaving()
+        if leaving and not self._saved_for_leaving:
+            self._save_last()
+        self._saved_for_leaving = leaving
+
+    def _first_says(self, answer: bool) -> bool:
+        """Rank 0's answer, on every worker."""
+        box = torch.tensor([int(answer)])
         if self.cpu_group is not None:
-            dist.broadcast(stop, src=0, group=self.cpu_group)
-        return bool(stop.item())
+            dist.broadcast(box, src=0, group=self.cpu_group)
+        return bool(box.item())
 
     def _barrier(self) -> None:
         if self.cpu_group is not None:
             dist.barrier(group=self.cpu_group)
+
+    def _show(self, metrics: dict[str, float]) -> None:
+        score = self.task.score.name
+        values = {
+            "cad_train_epoch": self.state.epoch,
+            "cad_train_loss": metrics.get("train/loss", math.nan),
+            "cad_train_objects_per_s": self.state.objects_per_s,
+            "cad_train_workers": self.world_size,
+            "cad_val_score": metrics[score],
+            "cad_val_best_score": self.state.best.get(self._score_folder, math.nan),
+        }
+        show(values, task=self.task.name, run=self.folder.uri.rsplit("/", 1)[1])
 
     def _write_progress(self, steps: int, rate: float) -> None:
         loss = float(self.state.sums["loss"]) / self.state.num_summed if self.state.num_summed and "loss" in self.state.sums else None

@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+from rayjobs.telemetry import show
+
 
 class Progress:
     """Counts finished units of a job.
@@ -49,6 +51,7 @@ class Progress:
         rate = (self._done - self._reused) / seconds if seconds > 0 else 0.0
         eta_s = (self._total - self._done) / rate if rate > 0 else float("nan")
         share = 100 * self._done / self._total if self._total else 100.0
+        show({"cad_job_done": self._done, "cad_job_total": self._total, "cad_job_rate": rate}, job=self._title)
         text = f"{self._title}: {self._done:,}/{self._total:,} {self._unit} ({share:.0f} %), {rate:.2f}/s, {duration(eta_s)} left"
         text += f", {note}" if note else ""
         if self._terminal:

@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rayjobs.capacity import Capacity, Node, cluster_capacity, room
 
@@ -47,6 +47,25 @@ class ScaleConfig:
     """Memory, in GB, that parsing and rendering one object may take."""
     timeout_s: float = 120.0
     """Seconds that parsing and rendering one object may take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainScaleConfig(ScaleConfig):
+    """As `ScaleConfig`, for one training."""
+
+    min_workers: int = 0
+    """Start with as many workers as there is room for, from this to --scale.num-workers; go on with fewer after a loss, grow when nodes come. The
+    global batches stay the same, so only numbers of workers are used that share them alike (of 8: 1, 2, 4, 8). 0 = always --scale.num-workers."""
+    resize_s: float = 60.0
+    """With --scale.min-workers: train at least so long before a restart with more workers, which costs about ten seconds."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_workers <= max(self.num_workers, 0):
+            raise ValueError(
+                f"--scale.min-workers {self.min_workers} must be from 0 to --scale.num-workers ({self.num_workers}): it is the least of them to train with"
+            )
+        if self.resize_s < 0:
+            raise ValueError(f"--scale.resize-s {self.resize_s:g} must be at least 0")
 
 
 def set_defaults() -> None:
@@ -105,6 +124,14 @@ class WorkerPlan:
     cpus_per_worker: float
     use_gpu: bool
     threads_per_worker: int
+    min_workers: int = 0
+    """Training may go on with as few as that; 0 = it may not."""
+    resize_s: float = 60.0
+    """Least seconds between growing and growing again."""
+
+    def with_workers(self, number: int) -> "WorkerPlan":
+        """The same for a fixed number of workers."""
+        return replace(self, num_workers=number, min_workers=0)
 
     @property
     def resources_per_worker(self) -> dict[str, float]:
@@ -133,6 +160,30 @@ def plan_workers(scale: ScaleConfig, *, concurrent_trainings: int = 1) -> Worker
         ValueError: the request can never be met; says what was asked, what there is and may come, and what would fit.
     """
     return fit_workers(scale, cluster_capacity(), concurrent_trainings=concurrent_trainings, joined=bool(os.environ.get("RAY_ADDRESS")))
+
+
+def plan_elastic(scale: TrainScaleConfig) -> WorkerPlan:
+    """`plan_workers` for a training that may have fewer workers than it asks for: the most that ever fit.
+
+    Raises:
+        ValueError: not even --scale.min-workers do.
+    """
+    if scale.min_workers == 0:
+        return plan_workers(scale)
+    return elastic_plan(scale, cluster_capacity(), joined=bool(os.environ.get("RAY_ADDRESS")))
+
+
+def elastic_plan(scale: TrainScaleConfig, capacity: Capacity, *, joined: bool) -> WorkerPlan:
+    """`plan_elastic` for a given cluster."""
+    for number in range(scale.num_workers, scale.min_workers - 1, -1):
+        try:
+            plan = fit_workers(replace(scale, num_workers=number), capacity, concurrent_trainings=1, joined=joined)
+        except ValueError:
+            if number == scale.min_workers:
+                raise
+            continue
+        return replace(plan, min_workers=scale.min_workers, resize_s=scale.resize_s)
+    raise AssertionError("min_workers is at most num_workers")
 
 
 def fit_workers(scale: ScaleConfig, capacity: Capacity, *, concurrent_trainings: int, joined: bool) -> WorkerPlan:

@@ -12,6 +12,7 @@ Killed or stopped (Ctrl-C, SIGTERM, a file named STOP in the run's folder), the 
 import contextlib
 import csv
 import dataclasses
+import functools
 import io
 import json
 import re
@@ -30,7 +31,7 @@ from cad_models.config import Recipe, digest, json_digest, to_dict
 from cad_models.dataset import Folder
 from cad_models.tasks import TASKS
 from rayjobs.cli import EXIT_STOPPED, RecipeFlags, TrackingConfig, UsageError, check_rule, run_job
-from rayjobs.resources import ScaleConfig, WorkerPlan
+from rayjobs.resources import ScaleConfig, TrainScaleConfig, WorkerPlan
 
 if TYPE_CHECKING:
     from rayjobs.loop import LoopConfig
@@ -75,7 +76,7 @@ class TrainJob:
     """Compare with the task's baselines on the test split: those that need no training, and those that do (trained as runs of their own)."""
     checkpoint_every_steps: int = 0
     """Checkpoint within an epoch too, every so many steps; 0 = at the ends of epochs only."""
-    scale: ScaleConfig = ScaleConfig()
+    scale: TrainScaleConfig = TrainScaleConfig()
     tracking: TrackingConfig = TrackingConfig()
 
 
@@ -109,20 +110,22 @@ def check_flags(job: TrainJob) -> None:
         raise UsageError(f"--seeds {' '.join(map(str, job.seeds))}: seeds must be different numbers of at least 0")
     if job.seeds and job.baselines:
         raise UsageError("--baselines compares one run: leave --seeds or --baselines out")
+    if job.seeds and job.scale.min_workers:
+        raise UsageError("--scale.min-workers is for one training: leave --seeds or --scale.min-workers out")
     if job.max_concurrent < 0:
         raise UsageError(f"--max-concurrent {job.max_concurrent} must be at least 0 (0 = as many as there is room for)")
 
 
 def _train_one(job: TrainJob) -> int:
     from rayjobs.courier import MetricsCourier
-    from rayjobs.resources import connect, plan_workers
+    from rayjobs.resources import connect, plan_elastic
     from rayjobs.tracked_runs import log_result
     from rayjobs.tracking import DatasetSource, open_tracking
 
     plan = None
     if job.scale.num_workers > 0:
         connect()
-        plan = plan_workers(job.scale)
+        plan = plan_elastic(job.scale)
     loop = _loop_config(job, plan)
     folder = Folder(loop.run_folder)
     print(f"run: {folder.uri}", flush=True)
@@ -232,7 +235,7 @@ def fit(
     from rayjobs.loop import Training, check_recipe
 
     folder = Folder(loop.run_folder)
-    for leftover in ("STOP", "error.json"):
+    for leftover in ("STOP", "RESIZE", "error.json"):
         folder.delete(leftover)
     if folder.exists("result.json"):
         # Also a finished run must be the one that was asked for.
@@ -243,6 +246,11 @@ def fit(
     with _stopping(folder), contextlib.nullcontext() if quiet else _shown(folder):
         if plan is None:
             Training(loop, report=report or (lambda metrics: None)).run()
+        elif plan.min_workers:
+            from rayjobs.elastic import fit_elastic, tell_on_stderr
+
+            attempt = functools.partial(_fit_workers, loop, max_failures=0)
+            fit_elastic(loop, plan, attempt, num_evaluations=lambda: len(evaluations(folder)), tell=tell_on_stderr)
         else:
             _fit_workers(loop, plan)
     if folder.exists("error.json"):
@@ -250,7 +258,7 @@ def fit(
     return folder.exists("result.json")
 
 
-def _fit_workers(loop: "LoopConfig", plan: WorkerPlan) -> None:
+def _fit_workers(loop: "LoopConfig", plan: WorkerPlan, *, max_failures: int = 3) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -266,7 +274,7 @@ def _fit_workers(loop: "LoopConfig", plan: WorkerPlan) -> None:
             # Checkpoints are the run folder's: Ray's own record of an earlier attempt must not stand in the way of this one.
             name=f"attempt-{uuid.uuid4().hex[:8]}",
             storage_path=folder.path("ray"),
-            failure_config=FailureConfig(max_failures=3, controller_failure_limit=3),
+            failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=max_failures),
         ),
     )
     try:

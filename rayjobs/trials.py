@@ -5,6 +5,7 @@ Ray Tune places, watches, restarts and stops them. What comes next and what stop
 whose journal is the only state that counts. Ray Tune's own snapshots are never read.
 """
 
+import collections
 import contextlib
 import itertools
 import logging
@@ -34,6 +35,7 @@ from rayjobs.loop import LoopConfig
 from rayjobs.resources import WorkerPlan
 from rayjobs.search import Journal, SearchConfig, Trial, ended, next_trial, should_stop
 from rayjobs.streams import SplitStream, open_dataset, read_examples
+from rayjobs.telemetry import show
 from rayjobs.train import evaluations, fit
 
 # A trial whose own process is lost (with its node, say) is started again so often; lost workers are Ray Train's business.
@@ -41,6 +43,7 @@ _MAX_RESTARTS = 2
 _WIND_DOWN_S = "120"
 _POLL_S = 0.3
 _STOP_AGAIN_S = 1.0
+_SHOWN_EVERY_S = 5.0
 
 
 # --- in the trial's process -----------------------------------------------------------------------------------------------------------------
@@ -264,6 +267,7 @@ class LiveSearch(LiveRuns):
         self._outcomes: dict[str, dict[str, Any]] = {}
         self._pruned: set[str] = set()
         self._started: dict[str, float] = {}
+        self._shown_at = 0.0
         self.exhausted = False
         """Whether the space holds no further recipe."""
 
@@ -341,6 +345,26 @@ class LiveSearch(LiveRuns):
         )
         self.journal.put(trial)
         self._on_end(trial)
+
+    def remind(self) -> None:
+        """As `LiveRuns.remind`; and shows the search's state to Prometheus."""
+        now = time.monotonic()
+        if now - self._shown_at >= _SHOWN_EVERY_S:
+            self._shown_at = now
+            self._show()
+        super().remind()
+
+    def _show(self) -> None:
+        tags = {"task": self._task.name, "search": self._folder.uri.rsplit("/", 1)[1]}
+        trials = self.journal.trials[: self._config.num_samples]
+        live = set(self._live.values())
+        counts = collections.Counter("running" if trial.number in live else trial.state for trial in trials if trial.finished or trial.number in live)
+        counts["left"] = self._config.num_samples - sum(counts.values())
+        for state in ("left", "running", "complete", "pruned", "failed"):
+            show({"cad_search_trials": counts[state]}, **tags, state=state)
+        found = [trial.score for trial in trials if trial.score is not None]
+        if found:
+            show({"cad_search_best_score": max(found) if self.score.mode == "max" else min(found)}, **tags)
 
     def running(self) -> list[str]:
         return [f"trials/{self.journal.trials[number].digest}" for number in list(self._live.values())]

@@ -1,0 +1,75 @@
+"""Faults on a fake cluster of several nodes: what a training loses, and what it ends with."""
+
+import contextlib
+import json
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from cad_models.alignment.recipe import SMOKE
+from cad_models.config import replace_all
+from cluster.local.start import LocalCluster, running
+from tests.cluster.faults import end, node_of, raylets, start, train_workers, wait_until
+from tests.rayjobs.test_telemetry import RAYS
+from tests.shared import REPOSITORY
+from tests.synthetic import make_dataset
+
+FLAGS = ["--smoke", "--data.num-points", "64", "--model.num-points", "64", "--model.embed-dim", "32"]
+
+
+def lines(folder: Path) -> list[dict]:
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def train_command(dataset: str, home: Path, name: str, *flags: str) -> list[str]:
+    output = ["--dataset", dataset, "--output", str(home / "runs"), "--tracking.folder", str(home / "mlflow"), "--name", name]
+    return [sys.executable, str(REPOSITORY / "rayjobs/train.py"), "--task", "alignment", *FLAGS, *output, *flags]
+
+
+def served_metrics(cluster) -> str:
+    """What Prometheus would read from the nodes and from the autoscaler."""
+    targets = json.loads((cluster.folder / "h/prom_metrics_service_discovery.json").read_text())
+    texts = []
+    for address in {address for target in targets for address in target["targets"]}:
+        with contextlib.suppress(urllib.error.URLError):  # of a node that was lost
+            texts.append(urllib.request.urlopen(f"http://{address}/metrics", timeout=20).read().decode())
+    return "\n".join(texts)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_training_goes_on_with_fewer_workers_when_a_node_is_lost_and_grows_again(tmp_path):
+    dataset = make_dataset(str(tmp_path / "ds"), 40, recipe=replace_all(SMOKE, {"data.num_points": 64})).uri
+    epochs = ["--schedule.num-epochs", "250", "--schedule.eval-every-epochs", "5"]
+    log, folder = tmp_path / "log.txt", tmp_path / "runs/elastic"
+    elastic = ["--scale.num-workers", "2", "--scale.min-workers", "1", "--scale.resize-s", "5", "--checkpoint-every-steps", "1"]
+    metrics = [f"ray_{name}{{" for name in ("cad_train_epoch", "cad_val_score", "cad_train_workers")] + sorted(RAYS)
+    with running(LocalCluster(cpus_per_node=1, max_nodes=3, idle_timeout_s=60)) as cluster:
+        driver = start(train_command(dataset, tmp_path, "elastic", *epochs, *elastic), cluster, log)
+        try:
+            wait_until(lambda: "training with 2 workers" in log.read_text() and len(lines(folder)) >= 2, driver, log)
+            before = len(lines(folder))
+            killed = time.monotonic()
+            node_of(train_workers(cluster)[1]).kill()
+            wait_until(lambda: "lost a worker" in log.read_text() and len(lines(folder)) > before, driver, log)
+            print(f"from the kill to the next evaluation: {time.monotonic() - killed:.0f} s")
+            wait_until(lambda: all(name in served_metrics(cluster) for name in metrics), driver, log)
+            assert driver.wait(timeout=500) == 0, log.read_text()
+            assert len(raylets(cluster)) >= 2
+        finally:
+            end(driver)
+    told = log.read_text()
+    print(told)
+    assert "training with 1 worker of at most 2: more as nodes come" in told and "room for 2 workers: saved, starting again with them" in told
+    # The same global batches all along: the losses are those of one undisturbed process, but for the order of sums.
+    alone = start(train_command(dataset, tmp_path, "alone", *epochs, "--scale.num-workers", "0"), cluster, tmp_path / "alone.txt")
+    assert alone.wait(timeout=500) == 0, (tmp_path / "alone.txt").read_text()
+    ours, theirs = lines(folder), lines(tmp_path / "runs/alone")
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["metrics"]["train/loss"] == pytest.approx(other["metrics"]["train/loss"], rel=1e-3)
