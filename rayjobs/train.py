@@ -252,10 +252,23 @@ def fit(
             attempt = functools.partial(_fit_workers, loop, max_failures=0)
             fit_elastic(loop, plan, attempt, num_evaluations=lambda: len(evaluations(folder)), tell=tell_on_stderr)
         else:
-            _fit_workers(loop, plan)
+            _fit_while_it_gets_on(loop, plan, folder)
     if folder.exists("error.json"):
         raise ValueError(folder.read_json("error.json")["error"])
     return folder.exists("result.json")
+
+
+def _fit_while_it_gets_on(loop: "LoopConfig", plan: WorkerPlan, folder: Folder) -> None:
+    """Ray Train restarts a few times; where that is not enough, again, as long as evaluations are made in between."""
+    from ray.train import TrainingFailedError
+
+    while True:
+        done = len(evaluations(folder))
+        try:
+            return _fit_workers(loop, plan)
+        except TrainingFailedError:
+            if len(evaluations(folder)) == done:
+                raise
 
 
 def _fit_workers(loop: "LoopConfig", plan: WorkerPlan, *, max_failures: int = 3) -> None:

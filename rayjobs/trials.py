@@ -38,7 +38,7 @@ from rayjobs.streams import SplitStream, open_dataset, read_examples
 from rayjobs.telemetry import show
 from rayjobs.train import evaluations, fit
 
-# A trial whose own process is lost (with its node, say) is started again so often; lost workers are Ray Train's business.
+# A trial whose own process is lost (with its node, say) is started again so often without an evaluation in between; lost workers are Ray Train's business.
 _MAX_RESTARTS = 2
 _WIND_DOWN_S = "120"
 _POLL_S = 0.3
@@ -58,6 +58,8 @@ class TrialSetting:
     plan: WorkerPlan | None
     """Workers of each trial; None = the trial's own process."""
     cache_bytes: int
+    attempt: str = ""
+    """Identifies the driver's start; what was lost with an earlier driver does not count against a trial."""
 
 
 def run_trial(config: dict[str, Any], setting: TrialSetting) -> None:
@@ -98,9 +100,20 @@ def outcome_of(
 
     try:
         tell()
+        if setting.attempt and _lost_too_often(folder, setting.attempt, told):
+            return {"outcome": "failed", "reason": f"its process was lost {_MAX_RESTARTS + 1} times without an evaluation in between"}
         return _trained(config, setting, folder, tell, beside=setting.plan is not None or poll is not None)
     except Exception as error:  # one trial must not stop the others: the reason is recorded, and shown in the table
         return {"outcome": "failed", "reason": _reason(error)}
+
+
+def _lost_too_often(folder: Folder, attempt: str, num_evaluations: int) -> bool:
+    """Count this start of a trial, and say whether it is one too many: on machines that come and go any number is fine while it gets on."""
+    now = {"attempt": attempt, "num_evaluations": num_evaluations}
+    before = folder.read_json("starts.json") if folder.exists("starts.json") else {}
+    starts = before["starts"] + 1 if {name: before.get(name) for name in now} == now else 1
+    folder.write_json("starts.json", {**now, "starts": starts})
+    return starts > _MAX_RESTARTS + 1
 
 
 def _trained(config: dict[str, Any], setting: TrialSetting, folder: Folder, tell: Callable[[], None], *, beside: bool) -> dict[str, Any]:
@@ -432,7 +445,8 @@ def run_trials(live: LiveRuns, setting: TrialSetting, resources: dict[str, float
         os.environ.setdefault(name, value)
     # It looks for the files of the loggers that are switched off above.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
-    folder = Folder(setting.folder)
+    folder, attempt = Folder(setting.folder), f"attempt-{uuid.uuid4().hex[:8]}"
+    setting = replace(setting, attempt=attempt)
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(run_trial, setting=setting), resources),
         tune_config=tune.TuneConfig(
@@ -445,10 +459,10 @@ def run_trials(live: LiveRuns, setting: TrialSetting, resources: dict[str, float
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
-            name=f"attempt-{uuid.uuid4().hex[:8]}",
+            name=attempt,
             storage_path=folder.path("ray"),
             callbacks=[_Reminder(live)],
-            failure_config=tune.FailureConfig(max_failures=_MAX_RESTARTS),
+            failure_config=tune.FailureConfig(max_failures=-1),  # `_lost_too_often` ends it
             verbose=0,
         ),
     )

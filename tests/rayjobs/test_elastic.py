@@ -8,6 +8,7 @@ import pytest
 
 from cad_models.alignment.recipe import SMOKE
 from cad_models.config import replace_all
+from cad_models.dataset import Folder
 from cad_models.order import StreamOrder, WholeOrder
 from rayjobs import elastic
 from rayjobs.capacity import Capacity, Node, NodeGroup
@@ -16,6 +17,7 @@ from rayjobs.elastic import settled, worker_numbers
 from rayjobs.loop import Training
 from rayjobs.resources import TrainScaleConfig, WorkerPlan, elastic_plan
 from rayjobs.train import TrainJob, check_flags
+from rayjobs.trials import _lost_too_often
 from tests.rayjobs.test_loop import RECIPE, Killed, assert_same_run, config_of
 from tests.synthetic import make_dataset
 
@@ -245,3 +247,40 @@ def test_training_that_left_for_more_starts_again_and_a_stop_does_not(dataset, t
 
     elastic.fit_elastic(config, PLAN, stopped, num_evaluations=lambda: 0, tell=lambda line: None)
     assert used == [1]
+
+
+# --- a fixed number of workers ------------------------------------------------------------------------------------------------------------
+def test_training_that_gets_on_survives_any_number_of_losses(dataset, tmp_path, monkeypatch):
+    from rayjobs import train
+
+    folder = Folder(str(tmp_path / "run"))
+    monkeypatch.setattr(train, "evaluations", lambda folder: [None] * done[0])
+    outcomes, done = iter([lost(), lost(), lost(), lost(), None]), [0]
+
+    def attempt(loop, plan):
+        outcome = next(outcomes)
+        done[0] += 1
+        if outcome is not None:
+            raise outcome
+
+    monkeypatch.setattr(train, "_fit_workers", attempt)
+    train._fit_while_it_gets_on(None, PLAN, folder)
+    assert next(outcomes, "none left") == "none left"
+
+    def stuck(loop, plan):
+        raise lost()
+
+    monkeypatch.setattr(train, "_fit_workers", stuck)
+    with pytest.raises(type(lost())):
+        train._fit_while_it_gets_on(None, PLAN, folder)
+
+
+def test_starts_of_a_trial_count_only_without_an_evaluation_in_between_and_of_one_driver(tmp_path):
+    folder = Folder(str(tmp_path / "trial"))
+
+    def starts(*calls):
+        return [_lost_too_often(folder, attempt, evaluations) for attempt, evaluations in calls]
+
+    assert starts(("a", 0), ("a", 0), ("a", 0), ("a", 0)) == [False, False, False, True]
+    assert starts(("b", 0), ("b", 0), ("b", 1), ("b", 1), ("b", 1)) == [False] * 5
+    assert starts(("b", 1)) == [True]
