@@ -143,7 +143,12 @@ class Folder:
         self.recover(name)
         shutil.rmtree(fresh, ignore_errors=True)
         # Copied, then flushed: the scratch folder may lie on another disk.
-        shutil.copytree(directory, fresh)
+        try:
+            shutil.copytree(directory, fresh)
+        except shutil.Error as error:  # a list of every file that failed, in words
+            shutil.rmtree(fresh, ignore_errors=True)
+            reason = str(error.args[0][0][2]).split(": '")[0]
+            raise OSError(f"cannot write {target}: {reason}; what was there is as it was") from error
         for path in fresh.rglob("*"):
             if path.is_file():
                 with path.open("rb") as stream:

@@ -177,7 +177,7 @@ def fit_elastic(
             failures = 1 if progress else failures + 1
             if failures > _FAILURES_WITHOUT_PROGRESS:
                 raise
-            tell(f"lost a worker ({_first_line(error)}): going on from the last checkpoint with what there is")
+            tell(f"lost a worker ({reason_of(error)}): going on from the last checkpoint with what there is")
             continue
         if folder.exists("RESIZE") and not any(folder.exists(name) for name in ("result.json", "error.json", "STOP")):
             tell(f"room for {folder.read_bytes('RESIZE').decode()} workers: saved, starting again with them")
@@ -216,10 +216,13 @@ def _workers(number: int) -> str:
     return f"{number} worker" + ("s" if number != 1 else "")
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # Ray's first line says only that training failed.
-    return (lines[1] if len(lines) > 1 else lines[0] if lines else type(error).__name__)[:160]
+def reason_of(error: Exception) -> str:
+    """What Ray Train says of a failure, in a line: of the workers that failed the first, with what it raised."""
+    rank, cause = min(getattr(error, "worker_failures", {}).items(), default=(None, error), key=lambda failure: failure[0])
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
+    # The last line of a traceback is the exception; Ray's own messages begin with what matters.
+    text = lines[-1] if any(line.startswith("Traceback") for line in lines) else lines[0]
+    return ("" if rank is None else f"rank {rank}: ") + text[:200]
 
 
 def tell_on_stderr(line: str) -> None:

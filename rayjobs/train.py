@@ -246,16 +246,29 @@ def fit(
     with _stopping(folder), contextlib.nullcontext() if quiet else _shown(folder):
         if plan is None:
             Training(loop, report=report or (lambda metrics: None)).run()
-        elif plan.min_workers:
-            from rayjobs.elastic import fit_elastic, tell_on_stderr
+        else:
+            _fit_on_workers(loop, plan, folder)
+    if folder.exists("error.json"):
+        raise ValueError(folder.read_json("error.json")["error"])
+    return folder.exists("result.json")
 
+
+def _fit_on_workers(loop: "LoopConfig", plan: WorkerPlan, folder: Folder) -> None:
+    from ray.train import TrainingFailedError
+
+    from rayjobs.elastic import fit_elastic, reason_of, tell_on_stderr
+
+    try:
+        if plan.min_workers:
             attempt = functools.partial(_fit_workers, loop, max_failures=0)
             fit_elastic(loop, plan, attempt, num_evaluations=lambda: len(evaluations(folder)), tell=tell_on_stderr)
         else:
             _fit_while_it_gets_on(loop, plan, folder)
-    if folder.exists("error.json"):
-        raise ValueError(folder.read_json("error.json")["error"])
-    return folder.exists("result.json")
+    except TrainingFailedError as error:
+        raise ValueError(
+            f"the workers failed again and again without an evaluation in between: {reason_of(error)} (CAD_TRACEBACK=1 shows all); what is finished "
+            "is kept, and the same command goes on from there"
+        ) from error
 
 
 def _fit_while_it_gets_on(loop: "LoopConfig", plan: WorkerPlan, folder: Folder) -> None:

@@ -281,3 +281,25 @@ def test_quarantine_survives_the_file_in_order_of_source(dataset):
 def test_quarantine_with_unknown_reason_is_refused(dataset):
     with pytest.raises(ValueError, match="'bad luck' is not one of the quarantine reasons"):
         dataset.write_quarantine([{"source": "a", "reason": "bad luck", "detail": ""}])
+
+
+def test_publish_that_fails_tells_one_reason_and_leaves_what_was_there(tmp_path, monkeypatch):
+    import errno
+    import shutil
+
+    (tmp_path / "made").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "made" / name).write_text("old")
+    folder = Folder(str(tmp_path / "run"))
+    folder.publish("last", tmp_path / "made")
+    copied, copytree = shutil.copy2, shutil.copytree
+
+    def full(source, target, **options):
+        if str(source).endswith("b"):
+            raise OSError(errno.ENOSPC, "No space left on device", str(source))
+        return copied(source, target, **options)
+
+    monkeypatch.setattr(shutil, "copytree", lambda source, target: copytree(source, target, copy_function=full))
+    with pytest.raises(OSError, match=r"cannot write \S+/last: \[Errno 28\] No space left on device; what was there is as it was"):
+        folder.publish("last", tmp_path / "made")
+    assert (tmp_path / "run/last/b").read_text() == "old" and [p.name for p in (tmp_path / "run").iterdir()] == ["last"]

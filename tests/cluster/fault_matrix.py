@@ -233,7 +233,7 @@ def disk_full(setting: Setting) -> Row:
     """The disk is full when a checkpoint is written; then there is room, and the same command again."""
     disk = setting.home / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], capture_output=True).returncode:
         return Row(fault="disk_full", seconds_lost=0.0, epochs_lost=0, equal=False, note="not tried: mounting a small disk needs root")
     try:
         seconds, expected = base(setting, *HERE)
@@ -241,10 +241,9 @@ def disk_full(setting: Setting) -> Row:
         driver = start(setting.train("full", *flags), setting.cluster, log)
         with History(disk / "runs/full") as history:
             wait_until(lambda: len(history) >= setting.job.epochs // 4, driver, log)
-            with (disk / "filler").open("wb") as filler, contextlib.suppress(OSError):
+            with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
                 while True:
                     filler.write(b"0" * 4096)
-                    filler.flush()
             status = driver.wait(timeout=100)
             told = log.read_text().strip().splitlines()[-1]
             (disk / "filler").unlink()

@@ -1,5 +1,6 @@
 """The fake cluster of cluster/local: it starts behind a token, grows for a search, shrinks after it, and ends without leftovers."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -64,7 +65,9 @@ def test_search_on_a_head_without_cpus_grows_the_cluster_which_shrinks_again(tmp
 @pytest.mark.ray
 def test_cluster_that_is_stopped_leaves_no_process(tmp_path):
     with (tmp_path / "log.txt").open("w") as log:
-        start = subprocess.Popen([sys.executable, "-u", START], stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        # A shell's background job ignores SIGINT, and so would what these tests start there.
+        listening = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+        start = subprocess.Popen([sys.executable, "-u", START], stdout=log, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=listening)
     deadline = time.monotonic() + 200
     while "1 nodes" not in (tmp_path / "log.txt").read_text():
         assert start.poll() is None and time.monotonic() < deadline, (tmp_path / "log.txt").read_text()

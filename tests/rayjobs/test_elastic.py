@@ -199,7 +199,7 @@ def failing_attempts(results, told):
 def lost():
     from ray.train import WorkerGroupError
 
-    return WorkerGroupError("[Rank 1] node died", {1: RuntimeError("node died")})
+    return WorkerGroupError("[Rank 1 Error Snippet]:\nnode died", {1: RuntimeError("node died\nmore")})
 
 
 def test_loss_of_a_worker_goes_on_with_what_there_is(dataset, tmp_path, monkeypatch):
@@ -207,7 +207,7 @@ def test_loss_of_a_worker_goes_on_with_what_there_is(dataset, tmp_path, monkeypa
     used, lines = [], []
     elastic.fit_elastic(config_of(dataset, tmp_path / "run"), PLAN, failing_attempts([lost(), None], used), num_evaluations=lambda: 0, tell=lines.append)
     assert used == [2, 1]
-    assert any("lost a worker ([Rank 1] node died)" in line for line in lines) and "training with 1 worker of at most 2: more as nodes come" in lines
+    assert any("lost a worker (rank 1: node died)" in line for line in lines) and "training with 1 worker of at most 2: more as nodes come" in lines
 
 
 def test_losses_without_progress_end_the_training(dataset, tmp_path, monkeypatch):
@@ -247,6 +247,14 @@ def test_training_that_left_for_more_starts_again_and_a_stop_does_not(dataset, t
 
     elastic.fit_elastic(config, PLAN, stopped, num_evaluations=lambda: 0, tell=lambda line: None)
     assert used == [1]
+
+
+def test_reason_of_a_failure_is_the_first_ranks_own():
+    from ray.train import WorkerGroupError
+
+    traceback = RuntimeError('Traceback (most recent call last):\n  File "x.py", line 1\nKeyError: 3\n')
+    assert elastic.reason_of(WorkerGroupError("?", {2: RuntimeError("late"), 0: traceback})) == "rank 0: KeyError: 3"
+    assert elastic.reason_of(RuntimeError("no room\nat all")) == "no room"
 
 
 # --- a fixed number of workers ------------------------------------------------------------------------------------------------------------
