@@ -42,7 +42,7 @@ class Chaos:
     """Of kinds, victims and times."""
     trials: int = 8
     at_once: int = 2
-    epochs: int = 30
+    epochs: int = 300
     """Epochs of each trial: long enough that the kills fall into the search."""
     shortest_s: float = 5.0
     longest_s: float = 20.0

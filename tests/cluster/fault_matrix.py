@@ -203,8 +203,8 @@ def tracking_down(setting: Setting) -> Row:
     return Row(fault="tracking_down", seconds_lost=round(taken - seconds, 1), epochs_lost=0, equal=equal, note=told[-1] if told else "")
 
 
-def store_stopped(setting: Setting) -> Row:
-    """The S3 server that holds dataset and run is stopped for 30 s."""
+def store_stopped(setting: Setting, seconds: float = 30.0) -> Row:
+    """The S3 server that holds dataset and run is stopped for a while."""
     with s3_server(setting.home / "s3.txt") as reach, changed_environment(reach):
         make_dataset(f"s3://{BUCKET}/ds", 40, recipe=RECIPE)
         flags = ("--dataset", f"s3://{BUCKET}/ds", "--output", f"s3://{BUCKET}/runs", *HERE)
@@ -218,7 +218,7 @@ def store_stopped(setting: Setting) -> Row:
             if name == "stopped":
                 wait_until(lambda log=log: log.read_text().count("epoch ") >= setting.job.epochs // 4, driver, log)
                 server.suspend()
-                time.sleep(30)
+                time.sleep(seconds)
                 server.resume()
             finished(driver, log)
             times.append(time.monotonic() - begun)
@@ -226,7 +226,7 @@ def store_stopped(setting: Setting) -> Row:
 
             with Folder(f"s3://{BUCKET}/runs/{name}").fetched("") as directory:
                 results.append(stable_lines(directory))
-    return Row(fault="store_stopped", seconds_lost=round(times[1] - times[0], 1), epochs_lost=0, equal=results[0] == results[1], note="of which 30 s the server did not answer")
+    return Row(fault="store_stopped", seconds_lost=round(times[1] - times[0], 1), epochs_lost=0, equal=results[0] == results[1], note=f"of which {seconds:g} s the server did not answer")
 
 
 def disk_full(setting: Setting) -> Row:

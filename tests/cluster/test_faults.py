@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from cad_models.alignment.recipe import SMOKE
-from cad_models.config import replace_all
 from cluster.local.start import LocalCluster, running
+from tests.cluster.chaos import Chaos, disturb
+from tests.cluster.fault_matrix import RECIPE, Matrix, Setting, disk_full, store_stopped
 from tests.cluster.faults import end, node_of, raylets, start, train_workers, wait_until
 from tests.rayjobs.test_telemetry import RAYS
 from tests.shared import REPOSITORY
@@ -43,8 +43,9 @@ def served_metrics(cluster) -> str:
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.timeout(1200)
 def test_training_goes_on_with_fewer_workers_when_a_node_is_lost_and_grows_again(tmp_path):
-    dataset = make_dataset(str(tmp_path / "ds"), 40, recipe=replace_all(SMOKE, {"data.num_points": 64})).uri
+    dataset = make_dataset(str(tmp_path / "ds"), 40, recipe=RECIPE).uri
     epochs = ["--schedule.num-epochs", "250", "--schedule.eval-every-epochs", "5"]
     log, folder = tmp_path / "log.txt", tmp_path / "runs/elastic"
     elastic = ["--scale.num-workers", "2", "--scale.min-workers", "1", "--scale.resize-s", "5", "--checkpoint-every-steps", "1"]
@@ -73,3 +74,24 @@ def test_training_goes_on_with_fewer_workers_when_a_node_is_lost_and_grows_again
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
     for one, other in zip(ours, theirs, strict=True):
         assert one["metrics"]["train/loss"] == pytest.approx(other["metrics"]["train/loss"], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(1800)
+def test_search_under_random_kills_ends_with_the_undisturbed_table(tmp_path):
+    outcome = disturb(Chaos(kills=4, seed=3, trials=3, epochs=120, shortest_s=3, longest_s=8), tmp_path)
+    assert len(outcome.kills) == 4, outcome.log
+    assert outcome.undisturbed == outcome.disturbed, outcome.log
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(1800)
+def test_disk_that_is_full_and_an_object_store_that_stops_cost_no_result(tmp_path):
+    with running(LocalCluster(max_nodes=1)) as cluster:
+        setting = Setting(Matrix(epochs=24), tmp_path, make_dataset(str(tmp_path / "ds"), 40, recipe=RECIPE).uri, cluster)
+        rows = [store_stopped(setting, seconds=8.0), disk_full(setting)]
+    for row in rows:
+        assert row.note.startswith("not tried") or (row.equal and row.epochs_lost == 0), row
+    assert "No space left on device" in rows[1].note or rows[1].note.startswith("not tried"), rows[1]
