@@ -67,7 +67,7 @@ def predict_members(members: Sequence[dict[str, bytes]], measuring: Measuring, s
     """
     if measuring.num_tasks == 0:
         return _predict(list(members), measuring, list(splits))
-    task = ray.remote(_predict).options(num_cpus=measuring.cpus_per_task, num_gpus=1 if measuring.use_gpu else 0, max_retries=3)
+    task = ray.remote(_predict).options(num_cpus=measuring.cpus_per_task, num_gpus=1 if measuring.use_gpu else 0, max_retries=3, name="predict val and test of a member")
     shares = [list(range(start, len(members), measuring.num_tasks)) for start in range(min(measuring.num_tasks, len(members)))]
     shared = ray.put(measuring)
     references = [task.remote([members[i] for i in share], shared, list(splits)) for share in shares]

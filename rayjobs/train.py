@@ -298,7 +298,8 @@ def _fit_workers(loop: "LoopConfig", plan: WorkerPlan, *, max_failures: int = 3)
         scaling_config=ScalingConfig(num_workers=plan.num_workers, use_gpu=plan.use_gpu, resources_per_worker=plan.resources_per_worker),
         run_config=RunConfig(
             # Checkpoints are the run folder's: Ray's own record of an earlier attempt must not stand in the way of this one.
-            name=f"attempt-{uuid.uuid4().hex[:8]}",
+            # Its name is what the dashboard shows.
+            name=f"{folder.uri.rsplit('/', 1)[1]}-{uuid.uuid4().hex[:8]}",
             storage_path=folder.path("ray"),
             failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=max_failures),
         ),

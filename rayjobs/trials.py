@@ -445,7 +445,8 @@ def run_trials(live: LiveRuns, setting: TrialSetting, resources: dict[str, float
         os.environ.setdefault(name, value)
     # It looks for the files of the loggers that are switched off above.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
-    folder, attempt = Folder(setting.folder), f"attempt-{uuid.uuid4().hex[:8]}"
+    folder = Folder(setting.folder)
+    attempt = f"{folder.uri.rsplit('/', 1)[1]}-{uuid.uuid4().hex[:8]}"
     setting = replace(setting, attempt=attempt)
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(run_trial, setting=setting), resources),
