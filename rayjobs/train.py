@@ -288,10 +288,18 @@ def _fit_workers(loop: "LoopConfig", plan: WorkerPlan, *, max_failures: int = 3)
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from rayjobs.leftovers import free_leftovers
     from rayjobs.loop import train_loop_per_worker
 
+    class Trainer(TorchTrainer):
+        """Without the process that watches for room left over: see `rayjobs.leftovers`."""
+
+        def _create_default_callbacks(self) -> list[Any]:
+            return [callback for callback in super()._create_default_callbacks() if type(callback).__name__ != "PlacementGroupCleanerCallback"]
+
+    free_leftovers()
     folder = Folder(loop.run_folder)
-    trainer = TorchTrainer(
+    trainer = Trainer(
         train_loop_per_worker,
         train_loop_config={"loop": loop},
         torch_config=TorchConfig(timeout_s=300),

@@ -31,6 +31,7 @@ from cad_models.config import Recipe, from_dict, replace_all, to_dict
 from cad_models.dataset import Folder
 from cad_models.task import Score, Task
 from cad_models.tasks import TASKS
+from rayjobs.leftovers import free_leftovers
 from rayjobs.loop import LoopConfig
 from rayjobs.resources import WorkerPlan
 from rayjobs.search import Journal, SearchConfig, Trial, ended, next_trial, should_stop
@@ -44,6 +45,7 @@ _WIND_DOWN_S = "120"
 _POLL_S = 0.3
 _STOP_AGAIN_S = 1.0
 _SHOWN_EVERY_S = 5.0
+_FREED_EVERY_S = 5.0
 
 
 # --- in the trial's process -----------------------------------------------------------------------------------------------------------------
@@ -202,7 +204,7 @@ class LiveRuns(ABC):
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
-        self._looked_at = self._asked_at = 0.0
+        self._looked_at = self._asked_at = self._freed_at = 0.0
         self.stopping = False
         """Whether the user asked to stop."""
 
@@ -241,6 +243,9 @@ class LiveRuns(ABC):
     def remind(self) -> None:
         """Look now and then, and ask the running trainings once more: one that was just starting has not seen the first request."""
         now = time.monotonic()
+        if now - self._freed_at >= _FREED_EVERY_S and ray.is_initialized():
+            self._freed_at = now
+            free_leftovers()
         if now - self._looked_at >= _STOP_AGAIN_S:
             self._looked_at = now
             self.look()
