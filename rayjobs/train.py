@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from rayjobs.loop import LoopConfig
 
 
+# One after the other, without an evaluation in between.
+_CONTROLLERS_LOST = 3
+
 FIGURES_NAME = "figures.csv"
 """In a run's folder: all test figures of the run and, where they were asked for, of the baselines."""
 
@@ -272,15 +275,20 @@ def _fit_on_workers(loop: "LoopConfig", plan: WorkerPlan, folder: Folder) -> Non
 
 
 def _fit_while_it_gets_on(loop: "LoopConfig", plan: WorkerPlan, folder: Folder) -> None:
-    """Ray Train restarts a few times; where that is not enough, again, as long as evaluations are made in between."""
-    from ray.train import TrainingFailedError
+    """Ray Train restarts lost workers a few times; where that is not enough, again, as long as evaluations are made in between.
 
+    Its controller, and the actors around it, it does not restart: when one of them was lost with its node or process, a few times even without progress.
+    """
+    from ray.train import ControllerError, TrainingFailedError
+
+    failures = 0
     while True:
         done = len(evaluations(folder))
         try:
             return _fit_workers(loop, plan)
-        except TrainingFailedError:
-            if len(evaluations(folder)) == done:
+        except TrainingFailedError as error:
+            failures = 0 if len(evaluations(folder)) > done else failures + 1
+            if failures > (_CONTROLLERS_LOST if isinstance(error, ControllerError) else 0):
                 raise
 
 

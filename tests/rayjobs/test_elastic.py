@@ -283,6 +283,28 @@ def test_training_that_gets_on_survives_any_number_of_losses(dataset, tmp_path, 
         train._fit_while_it_gets_on(None, PLAN, folder)
 
 
+def test_lost_controller_is_replaced_a_few_times_without_progress_and_lost_workers_are_not(tmp_path, monkeypatch):
+    from ray.train import ControllerError
+
+    from rayjobs import train
+
+    folder, starts = Folder(str(tmp_path / "run")), []
+
+    def failing(error):
+        def attempt(loop, plan):
+            starts.append(1)
+            raise error
+
+        return attempt
+
+    for error, expected in ((ControllerError(RuntimeError("actor died")), 4), (lost(), 1)):
+        starts.clear()
+        monkeypatch.setattr(train, "_fit_workers", failing(error))
+        with pytest.raises(type(error)):
+            train._fit_while_it_gets_on(None, PLAN, folder)
+        assert len(starts) == expected
+
+
 def test_starts_of_a_trial_count_only_without_an_evaluation_in_between_and_of_one_driver(tmp_path):
     folder = Folder(str(tmp_path / "trial"))
 
