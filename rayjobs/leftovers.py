@@ -50,6 +50,8 @@ def free_leftovers(listed: Callable[[], Iterator[HeldRoom]] | None = None, remov
 
 
 def _listed() -> Iterator[HeldRoom]:
+    import ray
+
     # Ray's public tables name neither a group's creator nor what became of it.
     from ray._private.state import state
     from ray.core.generated import gcs_pb2
@@ -60,10 +62,11 @@ def _listed() -> Iterator[HeldRoom]:
     groups = [group for group in groups if group.state not in gone and not group.is_detached]
     if not groups:
         return
-    actors = {actor.actor_id: actor for actor in map(gcs_pb2.ActorTableData.FromString, accessor.get_actor_table(None, None))}
     dead_jobs = {job["JobID"] for job in state.job_table() if job["IsDead"]}
     for group in groups:
-        actor = actors.get(group.creator_actor_id)
+        # One by one: the table of all actors grows with everything that the cluster has done.
+        data = accessor.get_actor_info(ray.ActorID(group.creator_actor_id)) if group.creator_actor_id else None
+        actor = None if data is None else gcs_pb2.ActorTableData.FromString(data)
         job = group.creator_job_id.hex()
         yield HeldRoom(
             group=group.placement_group_id.hex(),
