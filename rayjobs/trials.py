@@ -245,7 +245,9 @@ class LiveRuns(ABC):
         now = time.monotonic()
         if now - self._freed_at >= _FREED_EVERY_S and ray.is_initialized():
             self._freed_at = now
-            free_leftovers()
+            # A look that fails, as while Ray's own store restarts, must not end a search: there is another in five seconds.
+            with contextlib.suppress(Exception):
+                free_leftovers()
         if now - self._looked_at >= _STOP_AGAIN_S:
             self._looked_at = now
             self.look()
