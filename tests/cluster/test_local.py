@@ -68,16 +68,21 @@ def test_cluster_that_is_stopped_leaves_no_process(tmp_path):
         # A shell's background job ignores SIGINT, and so would what these tests start there.
         listening = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
         start = subprocess.Popen([sys.executable, "-u", START], stdout=log, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=listening)
-    deadline = time.monotonic() + 200
-    while "1 nodes" not in (tmp_path / "log.txt").read_text():
-        assert start.poll() is None and time.monotonic() < deadline, (tmp_path / "log.txt").read_text()
-        time.sleep(0.5)
-    (mark,) = {p.environ().get("CAD_LOCAL_CLUSTER") for p in psutil.Process(start.pid).children(recursive=True)} - {None}
-    assert len(processes(mark)) > 3
-    told = (tmp_path / "log.txt").read_text()
-    token = told.split("RAY_AUTH_TOKEN_PATH=")[1].split()[0]
-    with open(token) as file:
-        assert os.stat(token).st_mode & 0o777 == 0o600 and file.read() not in told
-    os.kill(start.pid, signal.SIGINT)
-    assert start.wait(timeout=60) == 130
-    assert processes(mark) == [] and not os.path.exists(token)
+    try:
+        deadline = time.monotonic() + 200
+        while "1 nodes" not in (tmp_path / "log.txt").read_text():
+            assert start.poll() is None and time.monotonic() < deadline, (tmp_path / "log.txt").read_text()
+            time.sleep(0.5)
+        (mark,) = {p.environ().get("CAD_LOCAL_CLUSTER") for p in psutil.Process(start.pid).children(recursive=True)} - {None}
+        assert len(processes(mark)) > 3
+        told = (tmp_path / "log.txt").read_text()
+        token = told.split("RAY_AUTH_TOKEN_PATH=")[1].split()[0]
+        with open(token) as file:
+            assert os.stat(token).st_mode & 0o777 == 0o600 and file.read() not in told
+        os.kill(start.pid, signal.SIGINT)
+        assert start.wait(timeout=60) == 130
+        assert processes(mark) == [] and not os.path.exists(token)
+    finally:
+        if start.poll() is None:  # it ends its cluster's processes itself
+            start.terminate()
+            start.wait(timeout=60)
