@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cad_models.dataset import Folder
 from cad_models.order import num_shards
@@ -61,15 +61,21 @@ class Reservation:
     """
 
     def __init__(self, numbers: Sequence[int], plan: WorkerPlan, *, present: int = 0) -> None:
+        self._plan, self._left, self._held = plan, list(numbers), present
+        self._steps: list[tuple[int, Any]] = []
+        self._ask()
+
+    def _ask(self) -> None:
+        """Ask for what the next number needs beyond the one before. One step after the other: asked for at once, a later one may get the room that
+        an earlier one waits for, and both wait for ever."""
         from ray.util.placement_group import placement_group
 
-        self._steps = []
-        for number in numbers:
-            bundles = [dict(plan.resources_per_worker) for _ in range(number - present)]
-            if not self._steps:
-                bundles.append({"CPU": _DATA_CPUS})
-            self._steps.append((number, placement_group(bundles)))
-            present = number
+        number = self._left.pop(0)
+        bundles = [dict(self._plan.resources_per_worker) for _ in range(number - self._held)]
+        if not self._steps:
+            bundles.append({"CPU": _DATA_CPUS})
+        self._steps.append((number, placement_group(bundles)))
+        self._held = number
 
     def ready(self) -> int:
         """The largest number for which there is room now; 0 = for none."""
@@ -78,8 +84,10 @@ class Reservation:
         held = 0
         for number, group in self._steps:
             if placement_group_table(group).get("state") != "CREATED":
-                break
+                return held
             held = number
+        if self._left:
+            self._ask()
         return held
 
     def release(self) -> None:
