@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _POLL_S = 0.5
 # When some workers have room and more is on its way: how long it must have been quiet before training starts with what there is.
 _SETTLE_S = 10.0
+_SETTLE_GROWN_S = 60.0
 _LONGEST_WAIT_S = 900.0
 _TOLD_EVERY_S = 30.0
 _FAILURES_WITHOUT_PROGRESS = 3
@@ -170,9 +171,11 @@ def fit_elastic(
 
     numbers = worker_numbers(loop, plan.min_workers, plan.num_workers)
     folder, failures, done = Folder(loop.run_folder), 0, num_evaluations()
+    settle_s = _SETTLE_S
     while True:
         folder.delete("RESIZE")
-        number = _room(folder, numbers, plan, tell)
+        number = _room(folder, numbers, plan, tell, settle_s)
+        settle_s = _SETTLE_S
         if number == 0:  # asked to stop while waiting
             return
         tell(f"training with {_workers(number)}" + (f" of at most {numbers[-1]}: more as nodes come" if number < numbers[-1] else ""))
@@ -189,12 +192,13 @@ def fit_elastic(
             continue
         if folder.exists("RESIZE") and not any(folder.exists(name) for name in ("result.json", "error.json", "STOP")):
             tell(f"room for {folder.read_bytes('RESIZE').decode()} workers: saved, starting again with them")
+            settle_s = _SETTLE_GROWN_S  # it was there a moment ago
             continue
         folder.delete("RESIZE")
         return
 
 
-def _room(folder: Folder, numbers: Sequence[int], plan: WorkerPlan, tell: Callable[[str], None]) -> int:
+def _room(folder: Folder, numbers: Sequence[int], plan: WorkerPlan, tell: Callable[[str], None], settle_s: float) -> int:
     reservation, started = Reservation(numbers, plan), time.monotonic()
 
     def readings() -> Iterator[tuple[float, int]]:
@@ -214,7 +218,7 @@ def _room(folder: Folder, numbers: Sequence[int], plan: WorkerPlan, tell: Callab
             time.sleep(_POLL_S)
 
     try:
-        number = settled(readings(), numbers[-1], _SETTLE_S)
+        number = settled(readings(), numbers[-1], settle_s)
     finally:
         reservation.release()
     return 0 if folder.exists("STOP") else number
