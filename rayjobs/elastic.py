@@ -165,11 +165,18 @@ def fit_elastic(
 
     Raises:
         ray.train.TrainingFailedError: workers were lost again and again without progress.
-        ValueError: no room for the least number of workers came in 15 minutes.
+        ValueError: no room for the least number of workers came in 15 minutes, or no number that fits shares the batches.
     """
     from ray.train import TrainingFailedError
 
-    numbers = worker_numbers(loop, plan.min_workers, plan.num_workers)
+    # Of what was asked for, not of what fits: the same command trains on the same batches on every cluster.
+    sharing = worker_numbers(loop, plan.min_workers, plan.asked_workers)
+    numbers = [number for number in sharing if number <= plan.num_workers]
+    if not numbers:
+        raise ValueError(
+            f"there is, and will be, room for {_workers(plan.num_workers)}, but the batches of --scale.num-workers {plan.asked_workers} can be shared only by "
+            f"{', '.join(map(str, sharing))}: lower --scale.min-workers ({plan.min_workers}) or --scale.num-workers"
+        )
     folder, failures, done = Folder(loop.run_folder), 0, num_evaluations()
     settle_s = _SETTLE_S
     while True:

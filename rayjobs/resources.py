@@ -126,6 +126,8 @@ class WorkerPlan:
     threads_per_worker: int
     min_workers: int = 0
     """Training may go on with as few as that; 0 = it may not."""
+    asked_workers: int = 0
+    """With ``min_workers``: how many were asked for, be there room for them or not; the global batches are those of so many."""
     resize_s: float = 60.0
     """Least seconds between growing and growing again."""
 
@@ -182,7 +184,7 @@ def elastic_plan(scale: TrainScaleConfig, capacity: Capacity, *, joined: bool) -
             if number == scale.min_workers:
                 raise
             continue
-        return replace(plan, min_workers=scale.min_workers, resize_s=scale.resize_s)
+        return replace(plan, min_workers=scale.min_workers, asked_workers=scale.num_workers, resize_s=scale.resize_s)
     raise AssertionError("min_workers is at most num_workers")
 
 

@@ -90,7 +90,7 @@ GROWING = Capacity(present=(Node(cpus=0),), groups=(NodeGroup(name="cpu", node=N
 
 def test_plan_is_for_the_most_workers_that_ever_fit():
     plan = elastic_plan(TrainScaleConfig(num_workers=8, min_workers=2, use_gpu=True), GROWING, joined=True)
-    assert (plan.num_workers, plan.min_workers, plan.use_gpu) == (4, 2, True)
+    assert (plan.num_workers, plan.min_workers, plan.asked_workers, plan.use_gpu) == (4, 2, 8, True)
     assert plan.with_workers(2).num_workers == 2 and plan.with_workers(2).min_workers == 0
 
 
@@ -180,7 +180,7 @@ class FakeRoom:
         monkeypatch.setattr(elastic, "_room", lambda *args: next(self.starts))
 
 
-PLAN = WorkerPlan(num_workers=2, cpus_per_worker=1.0, use_gpu=False, threads_per_worker=1, min_workers=1, resize_s=1e6)
+PLAN = WorkerPlan(num_workers=2, cpus_per_worker=1.0, use_gpu=False, threads_per_worker=1, min_workers=1, asked_workers=2, resize_s=1e6)
 
 
 def failing_attempts(results, told):
@@ -208,6 +208,17 @@ def test_loss_of_a_worker_goes_on_with_what_there_is(dataset, tmp_path, monkeypa
     elastic.fit_elastic(config_of(dataset, tmp_path / "run"), PLAN, failing_attempts([lost(), None], used), num_evaluations=lambda: 0, tell=lines.append)
     assert used == [2, 1]
     assert any("lost a worker (rank 1: node died)" in line for line in lines) and "training with 1 worker of at most 2: more as nodes come" in lines
+
+
+def test_cluster_with_room_for_an_odd_number_trains_on_the_batches_that_were_asked_for(dataset, tmp_path, monkeypatch):
+    offered, config = [], config_of(dataset, tmp_path / "run", dataclasses.replace(RECIPE, batch_size=8))
+    monkeypatch.setattr(elastic, "_room", lambda folder, numbers, *args: offered.append(list(numbers)) or numbers[-1])
+    fitting = dataclasses.replace(PLAN, num_workers=3, asked_workers=8)
+    used = []
+    elastic.fit_elastic(config, fitting, failing_attempts([None], used), num_evaluations=lambda: 0, tell=lambda line: None)
+    assert offered == [[1, 2]] and used == [2]
+    with pytest.raises(ValueError, match=r"room for 3 workers, but the batches of --scale.num-workers 8 can be shared only by 4, 8: lower --scale.min-workers \(3\)"):
+        elastic.fit_elastic(config, dataclasses.replace(fitting, min_workers=3), failing_attempts([], used), num_evaluations=lambda: 0, tell=lambda line: None)
 
 
 def test_losses_without_progress_end_the_training(dataset, tmp_path, monkeypatch):
