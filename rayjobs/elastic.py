@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 _POLL_S = 0.5
 # When some workers have room and more is on its way: how long it must have been quiet before training starts with what there is.
 _SETTLE_S = 10.0
-_SETTLE_GROWN_S = 60.0
 _LONGEST_WAIT_S = 900.0
 _TOLD_EVERY_S = 30.0
 _FAILURES_WITHOUT_PROGRESS = 3
@@ -125,9 +124,11 @@ class _Growth:
         self._folder, self._numbers, self._present, self._plan, self._every_s = folder, numbers, present, plan, every_s
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._progress_before = b""
 
     def __enter__(self) -> "_Growth":
         if self._numbers:
+            self._progress_before = self._progress()
             self._thread.start()
         return self
 
@@ -136,7 +137,14 @@ class _Growth:
         if self._numbers:
             self._thread.join()
 
+    def _progress(self) -> bytes:
+        return self._folder.read_bytes("progress.json") if self._folder.exists("progress.json") else b""
+
     def _watch(self) -> None:
+        # Workers that are only starting have no room yet: what they are about to take would look free.
+        while self._progress() == self._progress_before:
+            if self._done.wait(_POLL_S):
+                return
         # A restart costs some seconds: not before training has gone on for a while.
         if self._done.wait(self._every_s):
             return
@@ -178,11 +186,9 @@ def fit_elastic(
             f"{', '.join(map(str, sharing))}: lower --scale.min-workers ({plan.min_workers}) or --scale.num-workers"
         )
     folder, failures, done = Folder(loop.run_folder), 0, num_evaluations()
-    settle_s = _SETTLE_S
     while True:
         folder.delete("RESIZE")
-        number = _room(folder, numbers, plan, tell, settle_s)
-        settle_s = _SETTLE_S
+        number = _room(folder, numbers, plan, tell)
         if number == 0:  # asked to stop while waiting
             return
         tell(f"training with {_workers(number)}" + (f" of at most {numbers[-1]}: more as nodes come" if number < numbers[-1] else ""))
@@ -199,13 +205,12 @@ def fit_elastic(
             continue
         if folder.exists("RESIZE") and not any(folder.exists(name) for name in ("result.json", "error.json", "STOP")):
             tell(f"room for {folder.read_bytes('RESIZE').decode()} workers: saved, starting again with them")
-            settle_s = _SETTLE_GROWN_S  # it was there a moment ago
             continue
         folder.delete("RESIZE")
         return
 
 
-def _room(folder: Folder, numbers: Sequence[int], plan: WorkerPlan, tell: Callable[[str], None], settle_s: float) -> int:
+def _room(folder: Folder, numbers: Sequence[int], plan: WorkerPlan, tell: Callable[[str], None]) -> int:
     reservation, started = Reservation(numbers, plan), time.monotonic()
 
     def readings() -> Iterator[tuple[float, int]]:
@@ -225,7 +230,7 @@ def _room(folder: Folder, numbers: Sequence[int], plan: WorkerPlan, tell: Callab
             time.sleep(_POLL_S)
 
     try:
-        number = settled(readings(), numbers[-1], settle_s)
+        number = settled(readings(), numbers[-1], _SETTLE_S)
     finally:
         reservation.release()
     return 0 if folder.exists("STOP") else number

@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -258,6 +260,33 @@ def test_training_that_left_for_more_starts_again_and_a_stop_does_not(dataset, t
 
     elastic.fit_elastic(config, PLAN, stopped, num_evaluations=lambda: 0, tell=lambda line: None)
     assert used == [1]
+
+
+def test_room_for_more_is_asked_for_only_when_the_workers_that_start_have_theirs(tmp_path, monkeypatch):
+    asked, folder, training = [], Folder(str(tmp_path)), threading.Event()
+
+    class AskedFor:
+        def __init__(self, numbers, plan, *, present):
+            asked.append((numbers, present, training.is_set()))
+
+        def ready(self):
+            return 2
+
+        def release(self):
+            asked.append("released")
+
+    monkeypatch.setattr(elastic, "Reservation", AskedFor)
+    monkeypatch.setattr(elastic, "_POLL_S", 0.02)
+    folder.write_json("progress.json", {"time": 1.0})  # of the attempt before
+    with elastic._Growth(folder, [2], 1, PLAN, 0.0):
+        time.sleep(0.3)
+        training.set()
+        folder.write_json("progress.json", {"time": 2.0})
+        deadline = time.monotonic() + 20
+        while not folder.exists("RESIZE") and time.monotonic() < deadline:
+            time.sleep(0.02)
+    assert asked == [([2], 1, True), "released"]
+    assert folder.read_bytes("RESIZE") == b"2"
 
 
 def test_reason_of_a_failure_is_the_first_ranks_own():
