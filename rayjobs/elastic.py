@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cad_models.dataset import Folder
 from cad_models.order import num_shards
-from rayjobs.resources import WorkerPlan
+from rayjobs.resources import LOSSES_WITHOUT_PROGRESS, WorkerPlan
 
 if TYPE_CHECKING:
     from rayjobs.loop import LoopConfig
@@ -24,7 +24,6 @@ _POLL_S = 0.5
 _SETTLE_S = 10.0
 _LONGEST_WAIT_S = 900.0
 _TOLD_EVERY_S = 30.0
-_FAILURES_WITHOUT_PROGRESS = 3
 # For the tasks of Ray Data that read for a streamed training: without it the workers would take what these need.
 _DATA_CPUS = 0.5
 
@@ -168,7 +167,7 @@ def fit_elastic(
 
     Args:
         attempt: Trains with a fixed number of workers, until the end, or until one of the files STOP and RESIZE asks it to leave.
-        num_evaluations: How many evaluations are done: three losses without a new one between them end the training.
+        num_evaluations: How many evaluations are done: losses without a new one between them (`LOSSES_WITHOUT_PROGRESS`) end the training.
         tell: Shows a line to the user.
 
     Raises:
@@ -199,7 +198,7 @@ def fit_elastic(
         except TrainingFailedError as error:
             progress, done = num_evaluations() > done, num_evaluations()
             failures = 1 if progress else failures + 1
-            if failures > _FAILURES_WITHOUT_PROGRESS:
+            if failures > LOSSES_WITHOUT_PROGRESS:
                 raise
             tell(f"lost a worker ({reason_of(error)}): going on from the last checkpoint with what there is")
             continue

@@ -23,6 +23,9 @@ _ENVIRONMENT = {
 }
 # On a cluster that this process joins: a node that is still to come takes minutes, and other jobs may hold what is there.
 _JOINED = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "900"}
+LOSSES_WITHOUT_PROGRESS = 6
+"""One after the other, with no evaluation in between, so many losses of a training's or a trial's processes are taken for bad luck; one more, and something
+in it ends them. Machines that come and go make any number with progress in between."""
 # Of the AWS variables those that say where, not who: a runtime environment is shown in dashboards and logs, so credentials do not travel in it.
 # The nodes have their own (cluster/README.md).
 _STORAGE_PLACES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")

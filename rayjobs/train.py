@@ -31,14 +31,11 @@ from cad_models.config import Recipe, digest, json_digest, to_dict
 from cad_models.dataset import Folder
 from cad_models.tasks import TASKS
 from rayjobs.cli import EXIT_STOPPED, RecipeFlags, TrackingConfig, UsageError, check_rule, run_job
-from rayjobs.resources import ScaleConfig, TrainScaleConfig, WorkerPlan
+from rayjobs.resources import LOSSES_WITHOUT_PROGRESS, ScaleConfig, TrainScaleConfig, WorkerPlan
 
 if TYPE_CHECKING:
     from rayjobs.loop import LoopConfig
 
-
-# One after the other, without an evaluation in between.
-_CONTROLLERS_LOST = 3
 
 FIGURES_NAME = "figures.csv"
 """In a run's folder: all test figures of the run and, where they were asked for, of the baselines."""
@@ -288,11 +285,11 @@ def _fit_while_it_gets_on(loop: "LoopConfig", plan: WorkerPlan, folder: Folder) 
             return _fit_workers(loop, plan)
         except TrainingFailedError as error:
             failures = 0 if len(evaluations(folder)) > done else failures + 1
-            if failures > (_CONTROLLERS_LOST if isinstance(error, ControllerError) else 0):
+            if failures > (LOSSES_WITHOUT_PROGRESS if isinstance(error, ControllerError) else 0):
                 raise
 
 
-def _fit_workers(loop: "LoopConfig", plan: WorkerPlan, *, max_failures: int = 3) -> None:
+def _fit_workers(loop: "LoopConfig", plan: WorkerPlan, *, max_failures: int = LOSSES_WITHOUT_PROGRESS) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 

@@ -33,14 +33,12 @@ from cad_models.task import Score, Task
 from cad_models.tasks import TASKS
 from rayjobs.leftovers import free_leftovers
 from rayjobs.loop import LoopConfig
-from rayjobs.resources import WorkerPlan
+from rayjobs.resources import LOSSES_WITHOUT_PROGRESS, WorkerPlan
 from rayjobs.search import Journal, SearchConfig, Trial, ended, next_trial, should_stop
 from rayjobs.streams import SplitStream, open_dataset, read_examples
 from rayjobs.telemetry import show
 from rayjobs.train import evaluations, fit
 
-# A trial whose own process is lost (with its node, say) is started again so often without an evaluation in between; lost workers are Ray Train's business.
-_MAX_RESTARTS = 2
 _WIND_DOWN_S = "120"
 _POLL_S = 0.3
 _STOP_AGAIN_S = 1.0
@@ -103,7 +101,7 @@ def outcome_of(
     try:
         tell()
         if setting.attempt and _lost_too_often(folder, setting.attempt, told):
-            return {"outcome": "failed", "reason": f"its process was lost {_MAX_RESTARTS + 1} times without an evaluation in between"}
+            return {"outcome": "failed", "reason": f"its process was lost {LOSSES_WITHOUT_PROGRESS + 1} times without an evaluation in between"}
         return _trained(config, setting, folder, tell, beside=setting.plan is not None or poll is not None)
     except Exception as error:  # one trial must not stop the others: the reason is recorded, and shown in the table
         return {"outcome": "failed", "reason": _reason(error)}
@@ -115,7 +113,7 @@ def _lost_too_often(folder: Folder, attempt: str, num_evaluations: int) -> bool:
     before = folder.read_json("starts.json") if folder.exists("starts.json") else {}
     starts = before["starts"] + 1 if {name: before.get(name) for name in now} == now else 1
     folder.write_json("starts.json", {**now, "starts": starts})
-    return starts > _MAX_RESTARTS + 1
+    return starts > LOSSES_WITHOUT_PROGRESS + 1
 
 
 def _trained(config: dict[str, Any], setting: TrialSetting, folder: Folder, tell: Callable[[], None], *, beside: bool) -> dict[str, Any]:

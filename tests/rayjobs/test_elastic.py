@@ -17,7 +17,7 @@ from rayjobs.capacity import Capacity, Node, NodeGroup
 from rayjobs.cli import UsageError
 from rayjobs.elastic import settled, worker_numbers
 from rayjobs.loop import Training
-from rayjobs.resources import TrainScaleConfig, WorkerPlan, elastic_plan
+from rayjobs.resources import LOSSES_WITHOUT_PROGRESS, TrainScaleConfig, WorkerPlan, elastic_plan
 from rayjobs.train import TrainJob, check_flags
 from rayjobs.trials import _lost_too_often
 from tests.rayjobs.test_loop import RECIPE, Killed, assert_same_run, config_of
@@ -228,13 +228,13 @@ def test_losses_without_progress_end_the_training(dataset, tmp_path, monkeypatch
     used = []
     with pytest.raises(type(lost())):
         elastic.fit_elastic(config_of(dataset, tmp_path / "run"), PLAN, failing_attempts([lost()] * 9, used), num_evaluations=lambda: 7, tell=lambda line: None)
-    assert len(used) == 4
+    assert len(used) == LOSSES_WITHOUT_PROGRESS + 1
     FakeRoom(monkeypatch, [2] * 9)
     used, done = [], itertools.count()
     elastic.fit_elastic(
-        config_of(dataset, tmp_path / "run"), PLAN, failing_attempts([*[lost()] * 6, None], used), num_evaluations=lambda: next(done), tell=lambda line: None
+        config_of(dataset, tmp_path / "run"), PLAN, failing_attempts([*[lost()] * 8, None], used), num_evaluations=lambda: next(done), tell=lambda line: None
     )
-    assert len(used) == 7, "each with an evaluation since the last: any number of times"
+    assert len(used) == 9, "each with an evaluation since the last: any number of times"
 
 
 def test_training_that_left_for_more_starts_again_and_a_stop_does_not(dataset, tmp_path, monkeypatch):
@@ -337,7 +337,7 @@ def test_lost_controller_is_replaced_a_few_times_without_progress_and_lost_worke
 
         return attempt
 
-    for error, expected in ((ControllerError(RuntimeError("actor died")), 4), (lost(), 1)):
+    for error, expected in ((ControllerError(RuntimeError("actor died")), LOSSES_WITHOUT_PROGRESS + 1), (lost(), 1)):
         starts.clear()
         monkeypatch.setattr(train, "_fit_workers", failing(error))
         with pytest.raises(type(error)):
@@ -351,6 +351,7 @@ def test_starts_of_a_trial_count_only_without_an_evaluation_in_between_and_of_on
     def starts(*calls):
         return [_lost_too_often(folder, attempt, evaluations) for attempt, evaluations in calls]
 
-    assert starts(("a", 0), ("a", 0), ("a", 0), ("a", 0)) == [False, False, False, True]
-    assert starts(("b", 0), ("b", 0), ("b", 1), ("b", 1), ("b", 1)) == [False] * 5
+    most = LOSSES_WITHOUT_PROGRESS + 1
+    assert starts(*[("a", 0)] * (most + 1)) == [False] * most + [True]
+    assert starts(("b", 0), ("b", 0), *[("b", 1)] * most) == [False] * (most + 2)
     assert starts(("b", 1)) == [True]
