@@ -293,18 +293,22 @@ def _thumbnail(image: np.ndarray) -> np.ndarray:
 
 # --- answers ------------------------------------------------------------------------------------------------------------------------------
 def combine_embeddings(
-    members: Sequence[Float[np.ndarray, "*items _"]], *, rule: str = "concatenate", weights: Sequence[float] | None = None
-) -> Float[np.ndarray, "*items _"]:
+    members: Sequence[Float[np.ndarray, "..."]], *, rule: str = "concatenate", weights: Sequence[float] | None = None
+) -> Float[np.ndarray, "..."]:
     """The members' unit embeddings of the same things -> one, whose inner products rank as the ensemble does.
 
     ``concatenate``: scaled by the square roots of the weights' shares and laid side by side, so that the inner product is the weighted mean of the
     members' cosines and one index serves. ``mean``: averaged and normalised again, as the source system does; that means something only for
     members that share their axes (as checkpoints of one run).
 
+    Args:
+        members: Of each its vectors along the last axis; the axes before it are alike, but for meshes with one vector beside such with several.
+
     Raises:
         ValueError: unknown rule, weights that are not positive or not one a member, or ``mean`` of members with unequal widths.
     """
     share = _shares(len(members), weights)
+    members = _as_many_sides(members)
     if rule == "concatenate":
         return np.concatenate([m * np.float32(np.sqrt(w)) for m, w in zip(members, share, strict=True)], axis=-1)
     if rule != "mean":
@@ -313,6 +317,12 @@ def combine_embeddings(
     if len(set(widths)) > 1:
         raise ValueError(f"--combine mean needs members of one width, they have {', '.join(map(str, widths))}: use --combine concatenate")
     return _unit(sum(m * np.float32(w) for m, w in zip(members, share, strict=True)))
+
+
+def _as_many_sides(members: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Members with one vector a mesh beside such with one for each side: the one stands for every side."""
+    largest = max(members, key=lambda m: m.ndim)
+    return [m if m.ndim == largest.ndim else np.broadcast_to(m[..., None, :], (*largest.shape[:-1], m.shape[-1])) for m in members]
 
 
 def _shares(count: int, weights: Sequence[float] | None) -> np.ndarray:
@@ -349,7 +359,11 @@ def rank(
 
     from cad_models.common.retrieval import top_k as best
 
-    if "image" in search.direction and any(len(found) > len(weights) or found[0].ndim > 1 for found in outputs.values()):
+    to_mesh = search.direction == "image_to_mesh"
+    pictures, meshes = (search.queries, search.gallery) if to_mesh else (search.gallery, search.queries)
+    read = [[outputs[i] for entry in side for i in entry.inputs if i in outputs] for side in (pictures, meshes)]
+    # Views, turned pictures, meshes with several vectors: no one inner product ranks them.
+    if any(len(found) > len(weights) for side in read for found in side) or any(vectors.ndim > 1 for side in read for found in side for vectors in found):
         from cad_models.alignment.view_search import rank_by_views
 
         return rank_by_views(search, outputs, rule=rule, weights=weights, top_k=top_k, fitted=fitted, signatures=signatures)

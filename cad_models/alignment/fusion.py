@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Float32, Int
 
 from cad_models.alignment.metrics import DIRECTIONS, KS, one_per_object
 from cad_models.alignment.recipe import QUERY_CONDITIONS
+from cad_models.alignment.sides import scores as side_scores
 from cad_models.common.bootstrap import ratio_intervals
 from cad_models.task import Predictions
 
@@ -106,7 +107,7 @@ class MeshVectors:
     """Meshes as one member or an ensemble sees them, one row each. Views are kept as float16: 2,000 meshes of 24 views and 1,024 numbers take 98 MB."""
 
     point: np.ndarray
-    """float [meshes, dim]; unit."""
+    """float [meshes, dim] or [meshes, sides, dim]; unit."""
     view: np.ndarray
     """float [meshes, views, dim], rendered views through the head, of any length; no views where none are compared. A mesh with fewer views than
     others repeats one of its own."""
@@ -127,7 +128,7 @@ def score_components(
     wanted = (True, True, True) if weights is None else [share > 0 for share in weights.of_scores]
     found = np.zeros((3, len(pictures.head), len(meshes.point)), dtype=np.float32)
     if wanted[0]:
-        found[0] = pictures.head.astype(np.float64) @ meshes.point.astype(np.float64).T
+        found[0] = side_scores(pictures.head, meshes.point)
     for k, images, views in ((1, pictures.head, meshes.view), (2, pictures.frozen, meshes.frozen)):
         if wanted[k]:
             _best_views(_unit(images), views, found[k])

@@ -79,7 +79,7 @@ class AlignmentLearner(nn.Module, EmbeddingLearner):
         return self.loss_from(self.embed(batch), batch)
 
     def embed(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``cad`` float32 [n, dim]: the point encoder is what costs; the head is a few linear layers on frozen embeddings."""
+        """``cad`` float32 [n, dim] ([n, sides, dim] with --model.side-vectors): the point encoder is what costs; the head is a few linear layers on frozen embeddings."""
         return {"cad": self.embed_cad(batch["points"])}
 
     def loss_from(self, embedded: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -100,7 +100,7 @@ class AlignmentLearner(nn.Module, EmbeddingLearner):
         return {"loss": loss, "contrastive": contrastive.detach(), "temperature": 1 / self.loss.scale.detach(), **scalars}
 
     def predict(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``cad`` [n, dim], ``query`` [n, views, dim] (zeros where an object has fewer views), ``num_queries``, ``group``, ``label`` [n]; where the batch
+        """``cad`` [n, dim] ([n, sides, dim] float16 with --model.side-vectors), ``query`` [n, views, dim] (zeros where an object has fewer views), ``num_queries``, ``group``, ``label`` [n]; where the batch
         has query images in other conditions, ``query_<condition>`` as ``query``."""
         mask = batch["query_mask"]
         queries = {}
@@ -111,7 +111,7 @@ class AlignmentLearner(nn.Module, EmbeddingLearner):
                 query[mask] = projected
                 queries[name.replace("query_views", "query")] = query
         return {
-            "cad": self.embed_cad(batch["points"]),
+            "cad": self.stored_cad(batch["points"]),
             **queries,
             "num_queries": mask.sum(1),
             "group": batch["group"],
@@ -129,9 +129,14 @@ class AlignmentLearner(nn.Module, EmbeddingLearner):
         queries = {name.replace("query_views", "frozen_query"): batch[name].half() for name in batch if name.startswith("query_views")}
         return {"view": view, "num_views": mask.sum(1), "frozen_view": views.half(), **queries}
 
-    def embed_cad(self, points: Float[Tensor, "batch num_points channels"]) -> Float[Tensor, "batch dim"]:
+    def embed_cad(self, points: Float[Tensor, "batch num_points channels"]) -> Float[Tensor, "batch *sides dim"]:
         """Unit embeddings of point clouds."""
         return self.point_encoder(self._columns(points)).float()
+
+    def stored_cad(self, points: Float[Tensor, "batch num_points channels"]) -> Float[Tensor, "batch *sides dim"]:
+        """As evaluation and galleries keep them: `embed_cad`, rounded to float16 where a mesh has several vectors, which together are large."""
+        found = self.embed_cad(points)
+        return found.half() if found.dim() == 3 else found
 
     def _columns(self, points: Tensor) -> Tensor:
         """The columns that the encoder reads: CAD models have no colour, so every point gets the gray."""
@@ -175,7 +180,7 @@ def _point_encoder(model: AlignmentModel) -> nn.Module:
     if model.size == "pairs":
         return PairEncoder(model.embed_dim)
     if model.size == "projection":
-        return ProjectionEncoder(model.embed_dim)
+        return ProjectionEncoder(model.embed_dim, side_vectors=model.side_vectors)
     return PointEncoder(_encoder_config(model))
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
+from cad_models.alignment.sides import pooled, similarity
 from cad_models.common.contrastive import gather, gather_with_gradient, rank, two_way_logsumexp, world_size
 
 
@@ -17,6 +18,9 @@ class MultiPositiveContrastiveLoss(nn.Module):
     length.
 
     With s = scale · cosine, V_i the views of object i, and sums over everything that is not a duplicate of object i:
+
+    A model may have several vectors, one a side: its cosine with an image is then the soft maximum of theirs
+    (`cad_models.alignment.sides`).
 
     - CAD to image, mean over the objects that have a view. ``positives="outside"`` (L_out of SupCon,
       arXiv:2004.11362; StableRep, arXiv:2306.00984): ``-1/|V_i| Σ_v log(exp s_iv / Σ_all exp s_i·)``: every view is
@@ -65,7 +69,7 @@ class MultiPositiveContrastiveLoss(nn.Module):
 
     def forward(
         self,
-        cad: Float[Tensor, "objects dim"],
+        cad: Float[Tensor, "objects *sides dim"],
         image: Float[Tensor, "objects views dim"],
         view_mask: Bool[Tensor, "objects views"],
         group: Int64[Tensor, " objects"],
@@ -87,20 +91,20 @@ class MultiPositiveContrastiveLoss(nn.Module):
         num_images = mask_all.sum()
         num_objects = mask_all.any(dim=1).sum()
         scale = self.scale.to(cad.dtype)
-        row_lse, column_lse = two_way_logsumexp(
-            cad,
-            columns,
-            scale,
-            row_owner=torch.arange(first, first + num_local, device=cad.device),
-            column_owner=owner,
-            row_group=group,
-            column_group=column_group,
-        )
+        whose = {
+            "row_owner": torch.arange(first, first + num_local, device=cad.device),
+            "column_owner": owner,
+            "row_group": group,
+            "column_group": column_group,
+        }
+        sided = cad.dim() == 3
+        row_lse, column_lse = (_two_way_logsumexp_of_sides if sided else two_way_logsumexp)(cad, columns, scale, **whose)
         if world_size() > 1:
             column_lse = gather_with_gradient(column_lse.unsqueeze(0)).logsumexp(dim=0)
         own_column = (owner >= first) & (owner < first + num_local)
 
-        own = scale * torch.einsum("od,ovd->ov", cad, image)  # logits of the positives
+        # Logits of the positives.
+        own = scale * (pooled(torch.einsum("osd,ovd->ovs", cad, image)) if sided else torch.einsum("od,ovd->ov", cad, image))
         if self.positives == "outside":
             num_views = view_mask.sum(dim=1).clamp(min=1)
             attracted = own.masked_fill(~view_mask, 0.0).sum(dim=1) / num_views
@@ -146,6 +150,23 @@ class MultiPositiveContrastiveLoss(nn.Module):
             alike = own.masked_fill(itself | ~view_mask.unsqueeze(1), lowest).logsumexp(dim=2)[view_mask]
             counted = view_mask.sum(dim=1)[row_object] > 1
             return _with_value_of_all(world_size() * F.softplus(others[counted] - alike[counted]).sum() / num_images.clamp(min=1))
+
+
+def _two_way_logsumexp_of_sides(
+    cad: Float[Tensor, "rows sides dim"],
+    columns: Float[Tensor, "columns dim"],
+    scale: Tensor,
+    *,
+    row_owner: Tensor,
+    column_owner: Tensor,
+    row_group: Tensor,
+    column_group: Tensor,
+) -> tuple[Float[Tensor, " rows"], Float[Tensor, " columns"]]:
+    """As `two_way_logsumexp`, of models with several vectors. The scores are held whole, the cosines of their sides are not."""
+    left_out = (row_group[:, None] == column_group[None, :]) & (row_owner[:, None] != column_owner[None, :])
+    # Not -inf, whose gradient is NaN where nothing is left.
+    logits = (scale * similarity(cad, columns)).masked_fill(left_out, torch.finfo(columns.dtype).min)
+    return logits.logsumexp(dim=1), logits.logsumexp(dim=0)
 
 
 def _everywhere(image: Tensor, view_mask: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:

@@ -9,6 +9,7 @@ import torch
 from cad_models.alignment.data import category_number
 from cad_models.alignment.query_bank import bank_normalised
 from cad_models.alignment.recipe import QUERY_CONDITIONS
+from cad_models.alignment.sides import scores as side_scores
 from cad_models.common.bootstrap import ratio_intervals
 from cad_models.common.retrieval import ranks
 from cad_models.task import Columns, Predictions
@@ -34,7 +35,7 @@ def retrieval_metrics(predictions: Predictions) -> dict[str, float]:
     answers for one another. Ties count against the query.
 
     Args:
-        predictions: ``cad`` float32 [n, dim], ``query`` float32 [n, views, dim], ``num_queries`` int64 [n], ``group`` int64 [n]; optionally
+        predictions: ``cad`` float32 [n, dim] (or float [n, sides, dim]), ``query`` float32 [n, views, dim], ``num_queries`` int64 [n], ``group`` int64 [n]; optionally
             ``query_roll`` and so on, as ``query``.
 
     Returns:
@@ -121,7 +122,10 @@ class Ranks:
 
 
 def learned_ranks(predictions: Predictions) -> dict[str, Ranks]:
-    """Ranks by the inner product of the embeddings, by infix of the protocol; see `retrieval_metrics`."""
+    """Ranks by the inner product of the embeddings (of meshes with several vectors by `cad_models.alignment.sides.scores`), by infix of the protocol;
+    see `retrieval_metrics`."""
+    if predictions["cad"].ndim == 3:
+        return _ranks_by_sides(predictions)
     cad = torch.from_numpy(np.asarray(predictions["cad"], dtype=np.float32))
     group = torch.from_numpy(np.asarray(predictions["group"], dtype=np.int64))
     found = {}
@@ -138,17 +142,36 @@ def learned_ranks(predictions: Predictions) -> dict[str, Ranks]:
     return found
 
 
+def _ranks_by_sides(predictions: Predictions) -> dict[str, Ranks]:
+    group, found = np.asarray(predictions["group"]), {}
+    for infix, (condition, size) in protocols(predictions, "query").items():
+        images, owner = averaged_views(predictions[f"query{condition}"], predictions["num_queries"], size)
+        found[infix] = _ranks_of_matrix(side_scores(images, predictions["cad"]), owner, group[:, None] == group[None, :])
+    return found
+
+
+def _ranks_of_matrix(score: np.ndarray, owner: np.ndarray, relevant: np.ndarray) -> Ranks:
+    """Ranks by the scores of all pictures, of the objects ``owner``, and all meshes. ``relevant``: of objects and meshes."""
+    galleries = one_per_object(owner)
+    return Ranks(
+        image_to_mesh=_ranks_of_scores(score, relevant[owner]),
+        image_owner=owner,
+        mesh_to_image=np.concatenate([_ranks_of_scores(score[chosen].T, relevant[:, owner[chosen]]) for chosen in galleries]),
+        mesh_owner=np.tile(np.arange(len(relevant)), len(galleries)),
+    )
+
+
 def query_bank_ranks(predictions: Predictions, bank: np.ndarray, *, temperature: float = 0.05) -> dict[str, Ranks]:
     """As `learned_ranks`, with image -> mesh scores normalised by a bank of queries (`cad_models.alignment.query_bank`).
 
     Args:
         bank: float32 [m, dim], unit embeddings of images of the training split.
     """
-    cad, group = np.asarray(predictions["cad"], dtype=np.float64), np.asarray(predictions["group"])
+    cad, group = np.asarray(predictions["cad"]), np.asarray(predictions["group"])
     found = learned_ranks(predictions)
     for infix, (condition, size) in protocols(predictions, "query").items():
         images, owner = averaged_views(predictions[f"query{condition}"], predictions["num_queries"], size)
-        scores = bank_normalised(images.astype(np.float64) @ cad.T, bank.astype(np.float64) @ cad.T, temperature=temperature)
+        scores = bank_normalised(side_scores(images, cad), side_scores(bank, cad), temperature=temperature)
         found[infix] = replace(found[infix], image_to_mesh=_ranks_of_scores(scores, group[owner][:, None] == group))
     return found
 
@@ -278,14 +301,7 @@ def matching_ranks(columns: Columns) -> dict[str, Ranks]:
             for start in range(0, len(scores) - length + 1, length):
                 rows.append(scores[start : start + length].mean(axis=0))
                 owner.append(i)
-        matrix, owners = np.stack(rows), np.array(owner)
-        galleries = one_per_object(owners)
-        found[infix] = Ranks(
-            image_to_mesh=_ranks_of_scores(matrix, relevant[owners]),
-            image_owner=owners,
-            mesh_to_image=np.concatenate([_ranks_of_scores(matrix[chosen].T, relevant[:, owners[chosen]]) for chosen in galleries]),
-            mesh_owner=np.tile(np.arange(len(gallery)), len(galleries)),
-        )
+        found[infix] = _ranks_of_matrix(np.stack(rows), np.array(owner), relevant)
     return found
 
 

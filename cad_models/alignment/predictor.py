@@ -74,7 +74,8 @@ class AlignmentPredictor(Predictor):
         """An input is an image or a mesh by the columns that it has.
 
         Returns:
-            For each input each member's unit embedding, float32 [dim], of a turned image one a position, [rolls, dim]. Where meshes are rendered, then:
+            For each input each member's unit embedding, float32 [dim], of a turned image one a position, [rolls, dim], of a mesh with several
+            vectors one a side, [sides, dim]. Where meshes are rendered, then:
             of a mesh each member's embeddings of its views, float16 [views, dim]; and last, of each encoder (in the order of the members), its frozen
             embeddings, float16, of a mesh's views [views, width], of an image [rolls, width]. Of a mesh that was measured instead: its measures.
         """
@@ -112,7 +113,7 @@ class AlignmentPredictor(Predictor):
             signature = member.signature
             channels = 6 if "normals" in signature["channels"] else 3
             points = [columns[f"points/{signature['num_stored_points']}"][: signature["num_points"], :channels] for columns in batch]
-            rows.append(self._run(member.learner.embed_cad, np.ascontiguousarray(np.stack(points))))
+            rows.append(self._run(member.learner.stored_cad, np.ascontiguousarray(np.stack(points))))
         self.seconds["embed"] += time.perf_counter() - started
         found = [[row[i] for row in rows] for i in range(len(batch))]
         for outputs, columns in zip(found, batch, strict=True):

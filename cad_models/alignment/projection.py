@@ -172,10 +172,15 @@ def _shared(position: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 class ProjectionEncoder(nn.Module):
-    """Descriptions of a cloud's projected pictures through one linear layer, the mean over all cameras, and pair histograms."""
+    """Descriptions of a cloud's projected pictures through one linear layer, the mean over all cameras, and pair histograms.
 
-    def __init__(self, embed_dim: int):
+    Args:
+        side_vectors: Keep a vector for each camera instead of their mean.
+    """
+
+    def __init__(self, embed_dim: int, *, side_vectors: bool = False):
         super().__init__()
+        self.side_vectors = side_vectors
         axes = torch.tensor([camera.axes().tolist() for camera in ring_cameras(NUM_CAMERAS)], dtype=torch.float32)
         self.register_buffer("axes", axes, persistent=False)
         # Set from training objects before the first step (`adapt`).
@@ -184,10 +189,13 @@ class ProjectionEncoder(nn.Module):
         self.proj = nn.Linear(WIDTH, embed_dim)
         self.pairs = PairEmbedding(embed_dim)
 
-    def forward(self, points: Float[Tensor, "batch num_points 6"]) -> Float[Tensor, "batch embed_dim"]:
+    def forward(self, points: Float[Tensor, "batch num_points 6"]) -> Float[Tensor, "batch *sides embed_dim"]:
         """Embeddings of unit length in float32."""
         views = F.normalize(self.proj((projected_features(points, self.axes) - self.mean) / self.std).float(), dim=-1)
-        return F.normalize(views.mean(dim=1) + _PAIRS_WEIGHT * F.normalize(self.pairs(points).float(), dim=-1), dim=-1)
+        if not self.side_vectors:
+            views = views.mean(dim=1, keepdim=True)
+        found = F.normalize(views + _PAIRS_WEIGHT * F.normalize(self.pairs(points).float(), dim=-1).unsqueeze(1), dim=-1)
+        return found if self.side_vectors else found.squeeze(1)
 
     @torch.no_grad()
     def adapt(self, points: Float[Tensor, "batch num_points 6"]) -> None:

@@ -8,6 +8,7 @@ from jaxtyping import Float, Float32
 
 from cad_models.alignment.answers import combine_embeddings
 from cad_models.alignment.descriptors import NUM_MEASURES, similarity
+from cad_models.alignment.sides import as_one
 from cad_models.task import Answer, Entry, Search
 
 # Elements of a block of scores: what is kept of a block are its best answers.
@@ -21,7 +22,7 @@ class Described:
     Attributes:
         ids: one a mesh.
         inputs: int64 [n], position of the file.
-        embeddings: [n, dim], the members' point embeddings, combined; inner products are the ensemble's cosines.
+        embeddings: [n, dim], the members' point embeddings, combined; inner products are the ensemble's cosines; of several vectors their mean.
         measures: [n, 21], as `cad_models.alignment.descriptors.measures`; [n, 0] where they were not asked for.
     """
 
@@ -44,7 +45,7 @@ def described(entries: Sequence[Entry], outputs: Mapping[int, list[np.ndarray]],
     rows = [outputs[i] for i in inputs.tolist()]
     members = [np.stack([row[m] for row in rows]) for m in range(len(weights))]
     measured = np.stack([row[-1] if len(row) == len(weights) + 1 else np.zeros(0, np.float32) for row in rows])
-    return Described(ids=[e.entry_id for e in read], inputs=inputs, embeddings=combine_embeddings(members, rule=rule, weights=weights), measures=measured)
+    return Described(ids=[e.entry_id for e in read], inputs=inputs, embeddings=as_one(combine_embeddings(members, rule=rule, weights=weights)), measures=measured)
 
 
 def fused_scores(

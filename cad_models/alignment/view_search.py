@@ -17,6 +17,7 @@ from cad_models.alignment.fusion import (
     score_components,
     weights_in,
 )
+from cad_models.alignment.sides import scores as side_scores
 from cad_models.task import Answer, Entry, Search
 
 # Bound on the scores of one block of pictures: the three of each pair in float32 and float64.
@@ -33,7 +34,7 @@ def rank_by_views(
     fitted: Mapping[str, Any] | None,
     signatures: Sequence[Mapping[str, Any]],
 ) -> list[Answer]:
-    """The ``top_k`` best gallery objects of every query; exact, ties by id.
+    """The ``top_k`` best gallery objects of every query; exact, ties by id. Also for meshes with several vectors.
 
     A picture and a mesh have the weighted mean of three cosines (see `cad_models.alignment.fusion`), or, where no mesh was rendered, the learned one
     alone. An ensemble's vectors are combined first, so that its members must agree in the view. Of a turned picture the best position counts. An
@@ -50,7 +51,7 @@ def rank_by_views(
     meshes = _read(search.gallery if to_mesh else search.queries, outputs)
     if not pictures or not meshes:
         return []
-    rendered = len(next(iter(outputs.values()))) > len(weights)
+    rendered = len(outputs[meshes[0].inputs[0]]) > len(weights)
     vectors = members.meshes([outputs[entry.inputs[0]] for entry in meshes], rendered=rendered)
     chosen = weights_in(fitted) if rendered else POINT_ONLY
     crowd = None
@@ -145,5 +146,5 @@ def _scores(
         starts = np.cumsum(counts) - counts
         components = (np.add.reduceat(components.astype(np.float64), starts, axis=1) / counts[None, :, None]).astype(np.float32)
         means = np.stack([members.combined(combined_entry([outputs[: members.count] for outputs in views])) for views in block])
-        components[0] = means.astype(np.float64) @ meshes.point.astype(np.float64).T
+        components[0] = side_scores(means, meshes.point)
     return fuse(components, weights, crowd)

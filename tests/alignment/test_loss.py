@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from cad_models.alignment.loss import MultiPositiveContrastiveLoss
+from cad_models.alignment.sides import SHARPNESS
 from cad_models.common import contrastive
 from cad_models.common.contrastive import two_way_logsumexp
 from tests.shared import REPOSITORY
@@ -16,12 +17,18 @@ from tests.shared import REPOSITORY
 
 def naive_loss(cad, image, view_mask, group, scale, positives):
     """One logit at a time, as the definition reads."""
+
+    def cosine(mesh, picture):
+        if mesh.dim() == 1:
+            return mesh @ picture
+        return (sum((SHARPNESS * side @ picture).exp() for side in mesh) / len(mesh)).log() / SHARPNESS
+
     objects, views, _ = image.shape
     present = [(j, v) for j in range(objects) for v in range(views) if view_mask[j, v]]
     allowed = [[i == j or group[i] != group[j] for j in range(objects)] for i in range(objects)]
     cad_terms, image_terms = [], []
     for i in range(objects):
-        logit = {(j, v): scale * cad[i] @ image[j, v] for j, v in present if allowed[i][j]}
+        logit = {(j, v): scale * cosine(cad[i], image[j, v]) for j, v in present if allowed[i][j]}
         own = [logit[i, v] for v in range(views) if view_mask[i, v]]
         if not own:
             continue
@@ -31,14 +38,14 @@ def naive_loss(cad, image, view_mask, group, scale, positives):
         else:
             cad_terms.append(-(sum(value.exp() for value in own) / total).log())
     for j, v in present:
-        total = sum((scale * cad[i] @ image[j, v]).exp() for i in range(objects) if allowed[i][j])
-        image_terms.append(-((scale * cad[j] @ image[j, v]).exp() / total).log())
+        total = sum((scale * cosine(cad[i], image[j, v])).exp() for i in range(objects) if allowed[i][j])
+        image_terms.append(-((scale * cosine(cad[j], image[j, v])).exp() / total).log())
     return (sum(cad_terms) / len(cad_terms) + sum(image_terms) / len(image_terms)) / 2
 
 
-def random_batch(objects=6, views=4, dim=8, seed=0, dtype=torch.float64):
+def random_batch(objects=6, views=4, dim=8, seed=0, dtype=torch.float64, sides=()):
     generator = torch.Generator().manual_seed(seed)
-    cad = F.normalize(torch.randn(objects, dim, generator=generator, dtype=dtype), dim=-1).requires_grad_()
+    cad = F.normalize(torch.randn(objects, *sides, dim, generator=generator, dtype=dtype), dim=-1).requires_grad_()
     image = F.normalize(torch.randn(objects, views, dim, generator=generator, dtype=dtype), dim=-1).requires_grad_()
     return cad, image, torch.ones(objects, views, dtype=torch.bool), torch.arange(objects) * 1_000_003 - 2**62
 
@@ -48,10 +55,11 @@ def value_and_gradients(loss, *inputs):
     return loss.detach(), gradients
 
 
+@pytest.mark.parametrize("sides", [(), (1,), (3,)])
 @pytest.mark.parametrize("positives", ["outside", "inside"])
 @pytest.mark.parametrize("case", ["full", "unequal views", "duplicates", "object without views"])
-def test_loss_value_and_gradients_equal_double_loop(case, positives):
-    cad, image, view_mask, group = random_batch()
+def test_loss_value_and_gradients_equal_double_loop(case, positives, sides):
+    cad, image, view_mask, group = random_batch(sides=sides)
     if case != "full":
         view_mask[1, 2:] = False
         view_mask[4, 0] = False

@@ -148,8 +148,9 @@ def test_encoder_gives_unit_vectors_and_a_gradient_to_every_parameter():
     torch.testing.assert_close(found, torch.nn.functional.normalize(expected, dim=-1))
 
 
-def test_learner_adapts_learns_and_survives_its_own_files():
-    recipe = AlignmentRecipe(model=AlignmentModel(size="projection", embed_dim=8, num_points=64, num_experts=2))
+@pytest.mark.parametrize("side_vectors", [False, True])
+def test_learner_adapts_learns_and_survives_its_own_files(side_vectors):
+    recipe = AlignmentRecipe(model=AlignmentModel(size="projection", side_vectors=side_vectors, embed_dim=8, num_points=64, num_experts=2))
     torch.manual_seed(0)
     learner = AlignmentLearner(recipe, 5)
     views = torch.randn(6, 3, 5)
@@ -160,6 +161,25 @@ def test_learner_adapts_learns_and_survives_its_own_files():
     other = AlignmentLearner(recipe, 5)
     other.load_artifacts(learner.artifacts())
     assert torch.equal(other.eval().embed_cad(batch["points"]), learner.eval().embed_cad(batch["points"]))
+
+
+def test_encoder_with_side_vectors_keeps_what_it_would_average():
+    torch.manual_seed(0)
+    encoder, points = ProjectionEncoder(6, side_vectors=True), boxes(4, 600)
+    encoder.adapt(points)
+    found = encoder(points)
+    assert found.shape == (4, projection.NUM_CAMERAS, 6)
+    torch.testing.assert_close(found.norm(dim=-1), torch.ones(4, projection.NUM_CAMERAS))
+    pairs = torch.nn.functional.normalize(encoder.pairs(points), dim=-1)
+    for k in range(projection.NUM_CAMERAS):
+        view = encoder.proj((projected_features(points, encoder.axes[k : k + 1])[:, 0] - encoder.mean) / encoder.std)
+        expected = torch.nn.functional.normalize(view, dim=-1) + projection._PAIRS_WEIGHT * pairs
+        torch.testing.assert_close(found[:, k], torch.nn.functional.normalize(expected, dim=-1))
+
+
+def test_recipe_refuses_side_vectors_of_encoders_without_sides():
+    with pytest.raises(ValueError, match="projection with --model.side-vectors"):
+        AlignmentModel(size="pairs", side_vectors=True)
 
 
 def test_recipe_refuses_projection_without_normals():

@@ -1,5 +1,7 @@
 """Two gloo processes against one process with the whole batch: value and averaged gradients to 1e-6."""
 
+import math
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,10 +20,10 @@ WORLD_SIZE = 2
 class SmallModel(nn.Module):
     """Two towers and the loss, in float64, so that 1e-6 is a statement about the method and not about rounding."""
 
-    def __init__(self):
+    def __init__(self, sides=()):
         super().__init__()
         torch.manual_seed(0)
-        self.tower = nn.Linear(6, 5)
+        self.tower = nn.Sequential(nn.Linear(6, 5 * math.prod(sides)), nn.Unflatten(1, (*sides, 5)))
         self.head = MixtureOfExperts(
             HeadConfig(num_experts=4, top_k=1, balance_weight=0.1, router_z_weight=0.01), in_dim=7, embed_dim=5
         )
@@ -31,7 +33,7 @@ class SmallModel(nn.Module):
     def forward(self, points, views, view_mask, group):
         cad = F.normalize(self.tower(points), dim=-1)
         flat, scalars = self.head(views[view_mask])
-        image = cad.new_zeros(*view_mask.shape, cad.shape[1])
+        image = cad.new_zeros(*view_mask.shape, cad.shape[-1])
         image[view_mask] = flat.to(image.dtype)
         return self.loss(cad, image, view_mask, group) + 0.5 * self.loss.between_images(image, view_mask, group) + scalars["loss"]
 
@@ -57,11 +59,11 @@ def share_of(rank, batch, counts):
     return points, views[:, :num_views], view_mask[:, :num_views], group
 
 
-def train_rank(rank, rendezvous, counts, results):
+def train_rank(rank, rendezvous, counts, sides, results):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD_SIZE)
     try:
-        model = DistributedDataParallel(SmallModel())
+        model = DistributedDataParallel(SmallModel(sides))
         loss = model(*share_of(rank, whole_batch(), counts))
         loss.backward()
         gradients = {name: parameter.grad for name, parameter in model.module.named_parameters()}
@@ -105,12 +107,12 @@ def test_gather_and_sum_over_two_processes_have_summed_gradients(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("counts", [(4, 3), (6, 1)])
-def test_loss_of_two_processes_equals_one_process_with_the_whole_batch(tmp_path, counts):
-    model = SmallModel()
+@pytest.mark.parametrize(("counts", "sides"), [((4, 3), ()), ((6, 1), ()), ((6, 1), (3,))])
+def test_loss_of_two_processes_equals_one_process_with_the_whole_batch(tmp_path, counts, sides):
+    model = SmallModel(sides)
     loss = model(*whole_batch())
     loss.backward()
-    for found in run_ranks(train_rank, tmp_path, counts):
+    for found in run_ranks(train_rank, tmp_path, counts, sides):
         torch.testing.assert_close(found["loss"], loss.detach(), atol=1e-6, rtol=0)
         for name, parameter in model.named_parameters():
             difference = (found["gradients"][name] - parameter.grad).abs().max().item()
