@@ -152,7 +152,7 @@ def test_differences_between_classes_name_fields_of_one_side():
 
 
 def test_digest_differs_for_every_changed_leaf_and_is_pinned():
-    recipe = AlignmentRecipe()
+    recipe = AlignmentRecipe(model=AlignmentModel(size="projection"))
     digests = {digest(recipe)}
     for path, value in paths(recipe).items():
         other = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v / 2 + 0.25, str: lambda v: None}[type(value)](value)

@@ -180,7 +180,7 @@ def _point_encoder(model: AlignmentModel) -> nn.Module:
     if model.size == "pairs":
         return PairEncoder(model.embed_dim)
     if model.size == "projection":
-        return ProjectionEncoder(model.embed_dim, side_vectors=model.side_vectors)
+        return ProjectionEncoder(model.embed_dim, side_vectors=model.has_side_vectors)
     return PointEncoder(_encoder_config(model))
 
 

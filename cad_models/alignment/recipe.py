@@ -86,9 +86,9 @@ class AlignmentModel:
     """Whether the experts start at zero and add to a linear path, so that the head starts as a linear layer."""
     pair_histogram: bool = added_later(False)
     """Whether histograms over pairs of points (distances, angles of normals) add to the mesh's embedding; needs --model.channels xyz+normals."""
-    side_vectors: bool = added_later(False)
+    side_vectors: bool | None = added_later(False)
     """With --model.size projection: keep one vector for each of the 24 sides of a mesh, of which the best counts, instead of their mean. Finds more; a
-    mesh takes 24 times the space, and comparing it 24 times the work."""
+    mesh takes 12 times the space, and comparing it 24 times the work. Unset = if the size has them."""
     drop_path: float = 0.0
     """Largest probability of skipping a residual branch in training; at 0 (and patch_dropout 0) the numbers do not depend on the workers."""
     patch_dropout: float = 0.0
@@ -98,6 +98,11 @@ class AlignmentModel:
     def num_read_points(self) -> int:
         """``num_points``, resolved."""
         return self.num_points or (10_000 if self.size == "projection" else 1_024)
+
+    @property
+    def has_side_vectors(self) -> bool:
+        """``side_vectors``, resolved."""
+        return self.size == "projection" if self.side_vectors is None else self.side_vectors
 
     def __post_init__(self) -> None:
         check(self.num_points >= 0, "model.num_points", self.num_points, "at least 0 (0 = as many as suit the encoder)")
@@ -148,7 +153,7 @@ RECIPE = AlignmentRecipe(
     optim=OptimConfig(lr=5e-4, head_lr=2e-3, weight_decay=0.05, grad_clip_norm=10.0, ema_decay=0.99),
     schedule=ScheduleConfig(num_epochs=24, num_warmup_epochs=2.0),
     data=AlignmentData(query_conditions=True, augmented_views=3, augmented_share=0.5, views_per_step=8),
-    model=AlignmentModel(size="projection", num_points=0, residual_head=True),
+    model=AlignmentModel(size="projection", side_vectors=None, num_points=0, residual_head=True),
     loss=AlignmentLoss(image_weight=0.3),
 )
 """Defaults that reproduce the figures in this room's README on two CPU cores."""
