@@ -67,6 +67,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "default_linear_head": {"model.num_experts": 1},
     "default_no_augmented_views": {"data.augmented_share": 0.0},
     "default_hog": {"data.encoder": "hog"},
+    "default_one_vector": {"model.side_vectors": False},
     **{name: {**_PAIRS, **change} for name, change in _OF_PAIRS.items()},
 }
 """Name -> what the row changes in the default recipe (``before``: all that the ablations brought is taken back); each recipe is told by its command. All
