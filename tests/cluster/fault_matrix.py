@@ -180,6 +180,18 @@ def notice(setting: Setting) -> Row:
     return disturbed(setting, "notice", lambda driver: node_of(train_workers(setting.cluster)[1]).terminate())
 
 
+def drain(setting: Setting) -> Row:
+    """A node with a training worker on it is drained, as the autoscaler does at a spot machine's notice that it has read: 15 s later it is gone."""
+
+    def announce(driver: subprocess.Popen) -> None:
+        node_id = next(word.partition("=")[2] for word in node_of(train_workers(setting.cluster)[1]).cmdline() if word.startswith(("--node_id=", "--node-id=")))
+        reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds", "15"]
+        command = [str(Path(sys.executable).with_name("ray")), "drain-node", "--address", setting.cluster.environment["RAY_ADDRESS"], "--node-id", node_id, *reason]
+        subprocess.run(command, env=setting.cluster.environment, check=True, capture_output=True, timeout=60)
+
+    return disturbed(setting, "drain", announce)
+
+
 def train_driver(setting: Setting) -> Row:
     """SIGKILL of the training's driver; the same command again."""
     return disturbed(setting, "train_driver", lambda driver: driver.kill(), again=True)
@@ -295,7 +307,7 @@ def supervisor(setting: Setting) -> Row:
     return Row(fault="supervisor", seconds_lost=round(seconds[1] - seconds[0], 1), epochs_lost=0, equal=equal)
 
 
-FAULTS = {f.__name__: f for f in (worker, node, notice, train_driver, tune_driver, supervisor, store_stopped, tracking_down, disk_full)}
+FAULTS = {f.__name__: f for f in (worker, node, notice, drain, train_driver, tune_driver, supervisor, store_stopped, tracking_down, disk_full)}
 
 
 @contextlib.contextmanager
