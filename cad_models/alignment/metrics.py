@@ -144,21 +144,19 @@ def learned_ranks(predictions: Predictions) -> dict[str, Ranks]:
 
 def _ranks_by_sides(predictions: Predictions) -> dict[str, Ranks]:
     group, found = np.asarray(predictions["group"]), {}
+    relevant = group[:, None] == group[None, :]
     for infix, (condition, size) in protocols(predictions, "query").items():
         images, owner = averaged_views(predictions[f"query{condition}"], predictions["num_queries"], size)
-        found[infix] = _ranks_of_matrix(side_scores(images, predictions["cad"]), owner, group[:, None] == group[None, :])
+        galleries = one_per_object(owner)
+        to_mesh, to_image = np.zeros(len(owner), dtype=np.int64), []
+        # A gallery at a time, for both directions: the scores of all pictures at once would grow with the split six times as fast.
+        for rows in galleries:
+            score = side_scores(images[rows], predictions["cad"])
+            to_mesh[rows] = _ranks_of_scores(score, relevant[owner[rows]])
+            to_image.append(_ranks_of_scores(score.T, relevant[:, owner[rows]]))
+        meshes = np.tile(np.arange(len(group)), len(galleries))
+        found[infix] = Ranks(image_to_mesh=to_mesh, image_owner=owner, mesh_to_image=np.concatenate(to_image), mesh_owner=meshes)
     return found
-
-
-def _ranks_of_matrix(score: np.ndarray, owner: np.ndarray, relevant: np.ndarray) -> Ranks:
-    """Ranks by the scores of all pictures, of the objects ``owner``, and all meshes. ``relevant``: of objects and meshes."""
-    galleries = one_per_object(owner)
-    return Ranks(
-        image_to_mesh=_ranks_of_scores(score, relevant[owner]),
-        image_owner=owner,
-        mesh_to_image=np.concatenate([_ranks_of_scores(score[chosen].T, relevant[:, owner[chosen]]) for chosen in galleries]),
-        mesh_owner=np.tile(np.arange(len(relevant)), len(galleries)),
-    )
 
 
 def query_bank_ranks(predictions: Predictions, bank: np.ndarray, *, temperature: float = 0.05) -> dict[str, Ranks]:
@@ -301,7 +299,14 @@ def matching_ranks(columns: Columns) -> dict[str, Ranks]:
             for start in range(0, len(scores) - length + 1, length):
                 rows.append(scores[start : start + length].mean(axis=0))
                 owner.append(i)
-        found[infix] = _ranks_of_matrix(np.stack(rows), np.array(owner), relevant)
+        matrix, owners = np.stack(rows), np.array(owner)
+        galleries = one_per_object(owners)
+        found[infix] = Ranks(
+            image_to_mesh=_ranks_of_scores(matrix, relevant[owners]),
+            image_owner=owners,
+            mesh_to_image=np.concatenate([_ranks_of_scores(matrix[chosen].T, relevant[:, owners[chosen]]) for chosen in galleries]),
+            mesh_owner=np.tile(np.arange(len(gallery)), len(galleries)),
+        )
     return found
 
 
