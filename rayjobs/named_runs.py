@@ -37,13 +37,13 @@ def command_line(job: Any) -> list[str]:
     words = ["python", "rayjobs/train.py", "--task", job.task, "--dataset", job.dataset or "DATASET"]
     for path, value in paths(job).items():
         if path not in (*_ONLY_TOLD, "dataset") and value != plain[path]:
-            words += _flag(path.removeprefix("recipe."), value)
+            words += _flag(path.removeprefix("recipe."), value, may_be_unset=plain[path] is None)
     return words
 
 
-def _flag(path: str, value: Any) -> list[str]:
+def _flag(path: str, value: Any, *, may_be_unset: bool) -> list[str]:
     *parents, name = path.replace("_", "-").split(".")
     flag = "--" + ".".join([*parents, name])
-    if isinstance(value, bool) and name != "use-gpu":
+    if isinstance(value, bool) and not may_be_unset:
         return [flag] if value else ["--" + ".".join([*parents, f"no-{name}"])]
     return [flag, *map(str, value)] if isinstance(value, tuple) else [flag, str(value)]
