@@ -133,9 +133,17 @@ class AlignmentLearner(nn.Module, EmbeddingLearner):
         """Unit embeddings of point clouds."""
         return self.point_encoder(self._columns(points)).float()
 
-    def stored_cad(self, points: Float[Tensor, "batch num_points channels"]) -> Float[Tensor, "batch *sides dim"]:
-        """As evaluation and galleries keep them: `embed_cad`, rounded to float16 where a mesh has several vectors, which together are large."""
-        found = self.embed_cad(points)
+    def cad_features(self, points: Float[Tensor, "batch num_points channels"]) -> Tensor | None:
+        """What all learners with this kind of point encoder compute alike; None = nothing."""
+        return self.point_encoder.features(self._columns(points)) if isinstance(self.point_encoder, ProjectionEncoder) else None
+
+    def stored_cad(self, points: Float[Tensor, "batch num_points channels"], features: Tensor | None = None) -> Float[Tensor, "batch *sides dim"]:
+        """As evaluation and galleries keep them: `embed_cad`, rounded to float16 where a mesh has several vectors, which together are large.
+
+        Args:
+            features: `cad_features` of the same points, where they are known.
+        """
+        found = self.embed_cad(points) if features is None else self.point_encoder(self._columns(points), features).float()
         return found.half() if found.dim() == 3 else found
 
     def _columns(self, points: Tensor) -> Tensor:

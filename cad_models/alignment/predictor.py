@@ -1,8 +1,9 @@
 """The members of an ensemble in one process: files that were read -> embeddings."""
 
+import functools
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -109,11 +110,16 @@ class AlignmentPredictor(Predictor):
     def _embed_meshes(self, batch: list[Columns]) -> list[list[np.ndarray]]:
         started = time.perf_counter()
         rows = []
+        shared: dict[tuple, Any] = {}
         for member in self._members:
-            signature = member.signature
+            signature, learner = member.signature, member.learner
             channels = 6 if "normals" in signature["channels"] else 3
             points = [columns[f"points/{signature['num_stored_points']}"][: signature["num_points"], :channels] for columns in batch]
-            rows.append(self._run(member.learner.stored_cad, np.ascontiguousarray(np.stack(points))))
+            clouds = np.ascontiguousarray(np.stack(points))
+            key = signature["num_stored_points"], signature["num_points"], channels, type(learner.point_encoder)
+            if key not in shared:  # what weights do not change is computed once
+                shared[key] = self._tensor(learner.cad_features, clouds)
+            rows.append(self._run(functools.partial(learner.stored_cad, features=shared[key]), clouds))
         self.seconds["embed"] += time.perf_counter() - started
         found = [[row[i] for row in rows] for i in range(len(batch))]
         for outputs, columns in zip(found, batch, strict=True):
@@ -150,11 +156,14 @@ class AlignmentPredictor(Predictor):
     def _projected(self, member: "Member", frozen: np.ndarray) -> np.ndarray:
         return self._run(member.learner.embed_images, frozen.astype(np.float32))
 
-    def _run(self, function, array: np.ndarray) -> np.ndarray:
+    def _run(self, function: Callable[..., Any], array: np.ndarray) -> np.ndarray:
+        return self._tensor(function, array).float().cpu().numpy()
+
+    def _tensor(self, function: Callable[..., Any], array: np.ndarray) -> Any:
         import torch
 
         with torch.inference_mode():
-            return function(torch.from_numpy(array).to(self._device)).float().cpu().numpy()
+            return function(torch.from_numpy(array).to(self._device))
 
 
 def _holds(columns: Columns) -> str:

@@ -189,9 +189,16 @@ class ProjectionEncoder(nn.Module):
         self.proj = nn.Linear(WIDTH, embed_dim)
         self.pairs = PairEmbedding(embed_dim)
 
-    def forward(self, points: Float[Tensor, "batch num_points 6"]) -> Float[Tensor, "batch *sides embed_dim"]:
-        """Embeddings of unit length in float32."""
-        views = F.normalize(self.proj((projected_features(points, self.axes) - self.mean) / self.std).float(), dim=-1)
+    def features(self, points: Float[Tensor, "batch num_points 6"]) -> Float[Tensor, "batch views features"]:
+        """What `forward` costs, and no weight changes: the members of an ensemble can share it."""
+        return projected_features(points, self.axes)
+
+    def forward(
+        self, points: Float[Tensor, "batch num_points 6"], features: Float[Tensor, "batch views features"] | None = None
+    ) -> Float[Tensor, "batch *sides embed_dim"]:
+        """Embeddings of unit length in float32. ``features``: `features` of the same points, where they are known."""
+        features = self.features(points) if features is None else features
+        views = F.normalize(self.proj((features - self.mean) / self.std).float(), dim=-1)
         if not self.side_vectors:
             views = views.mean(dim=1, keepdim=True)
         found = F.normalize(views + _PAIRS_WEIGHT * F.normalize(self.pairs(points).float(), dim=-1).unsqueeze(1), dim=-1)

@@ -177,6 +177,17 @@ def test_encoder_with_side_vectors_keeps_what_it_would_average():
         torch.testing.assert_close(found[:, k], torch.nn.functional.normalize(expected, dim=-1))
 
 
+def test_features_that_members_share_give_the_very_same_vectors():
+    recipe = AlignmentRecipe(model=AlignmentModel(size="projection", side_vectors=True, embed_dim=8, num_points=64, num_experts=2))
+    points = boxes(3, 64)
+    first, second = AlignmentLearner(recipe, 5).eval(), AlignmentLearner(recipe, 5).eval()
+    features = first.cad_features(points)
+    assert torch.equal(second.stored_cad(points, features=features), second.stored_cad(points))
+    assert not torch.equal(second.stored_cad(points), first.stored_cad(points))
+    pairs = AlignmentLearner(AlignmentRecipe(model=AlignmentModel(size="pairs", embed_dim=8, num_points=64)), 5)
+    assert pairs.cad_features(points) is None
+
+
 def test_recipe_refuses_side_vectors_of_encoders_without_sides():
     with pytest.raises(ValueError, match="projection with --model.side-vectors"):
         AlignmentModel(size="pairs", side_vectors=True)
