@@ -24,6 +24,7 @@ from benchmarks.mesh_files import Pair, duplicate_groups, read_pairs
 from benchmarks.tables import Figure, cell, markdown, named_ensemble, splits_by_digest, with_intervals
 from cad_models.alignment.answers import combine_embeddings
 from cad_models.alignment.options import AlignmentOptions
+from cad_models.alignment.sides import scores as side_scores
 from cad_models.common.cameras import ring_cameras
 from cad_models.common.encoders import ImageEncoder, build_encoder
 from cad_models.common.images import decode_image, prepare_image
@@ -97,17 +98,15 @@ def learned_scores(ensemble: Ensemble, images: Sequence[Path], meshes: Sequence[
     if bad:
         return {}, list(dict.fromkeys(bad))
     once, twice = len(images), 2 * len(images)
-    members = [np.stack([row.outputs[m] for row in [*rows[:once], *rows[twice:]]]) for m in range(len(ensemble.members))]
-    turned = [np.stack([row.outputs[m] for row in rows[once:twice]]) for m in range(len(ensemble.members))]
-    named = {f"member {m + 1}": (members[m], turned[m]) for m in range(len(members))}
-    if len(members) > 1:
-        rule, weights = ensemble.rule, ensemble.weights
-        named["ensemble"] = combine_embeddings(members, rule=rule, weights=weights), combine_embeddings(turned, rule=rule, weights=weights)
+    # Pictures, the same turned [images, rolls, dim], meshes: each as every member sees them.
+    parts = [[np.stack([row.outputs[m] for row in rows[chosen]]) for m in range(len(ensemble.members))] for chosen in _slices(once, twice)]
+    named = {f"member {m + 1}": [part[m] for part in parts] for m in range(len(ensemble.members))}
+    if len(ensemble.members) > 1:
+        named["ensemble"] = [combine_embeddings(part, rule=ensemble.rule, weights=ensemble.weights) for part in parts]
     scores = {}
-    for name, (vectors, versions) in named.items():
-        gallery = vectors[once:].astype(np.float64)
-        scores[name] = vectors[:once].astype(np.float64) @ gallery.T
-        scores[name + ROLLED] = (versions.astype(np.float64) @ gallery.T).max(axis=1)
+    for name, (upright, turned, gallery) in named.items():
+        scores[name] = side_scores(upright, gallery)
+        scores[name + ROLLED] = side_scores(turned.reshape(-1, turned.shape[-1]), gallery).reshape(len(turned), -1, len(gallery)).max(axis=1)
     gallery_entries = tuple(Entry(entry_id=str(i), inputs=(twice + i,)) for i in range(len(meshes)))
     for name, first in ((FUSED, 0), (FUSED + ROLLED, once)):
         asked = tuple(Entry(entry_id=str(i), inputs=(first + i,)) for i in range(len(images)))
@@ -117,6 +116,10 @@ def learned_scores(ensemble: Ensemble, images: Sequence[Path], meshes: Sequence[
         for found in answers:
             scores[name][int(found.query), int(found.answer)] = found.score
     return scores, []
+
+
+def _slices(first: int, second: int) -> tuple[slice, slice, slice]:
+    return slice(first), slice(first, second), slice(second, None)
 
 
 def rival_scores(images: Sequence[Path], meshes: Sequence[Path], encoder: ImageEncoder) -> dict[str, np.ndarray]:

@@ -107,7 +107,9 @@ def test_trained_on_tells_copies_and_near_duplicates_of_the_pairs(few, monkeypat
 
 @pytest.mark.slow
 def test_main_tells_members_ensemble_and_rival_and_writes_them(few, capsys, monkeypatch):
-    members = [str(tiny_member(few / name)) for name in ("m0", "m1")]
+    # The second with a vector for each side of a mesh.
+    sided = {"model__size": "projection", "model__side_vectors": True}
+    members = [str(tiny_member(few / name, **changes)) for name, changes in (("m0", {}), ("m1", sided))]
     flags = ["--model", members[0], "--model", members[1], "--pairs", str(few / "pairs.csv"), "--gallery", str(few / "g"), "--output", str(few / "o/r.json")]
     monkeypatch.setattr(sys, "argv", ["image_cad_pairs", *flags])
     image_cad_pairs.main()

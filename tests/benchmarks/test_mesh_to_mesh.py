@@ -21,11 +21,11 @@ def write_mesh(path: Path, mesh: Mesh) -> Path:
     return path
 
 
-def tiny_member(folder: Path) -> Path:
+def tiny_member(folder: Path, **changes: object) -> Path:
     from cad_models.common.encoders import build_encoder
 
     encoder = build_encoder("hog")
-    return write_tiny_member(folder, encoder_digest=encoder.digest, image_width=encoder.width)
+    return write_tiny_member(folder, encoder_digest=encoder.digest, image_width=encoder.width, **changes)
 
 
 # --- figures ------------------------------------------------------------------------------------------------------------------------------
