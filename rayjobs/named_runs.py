@@ -22,7 +22,7 @@ def runs_text(task: Task) -> str:
             lines.append(f"  --seeds {' '.join(map(str, run.seeds))}")
         before = paths(task.recipe)
         after = paths(replace_all(task.recipe, run.changes))
-        lines += [f"  {shlex.join(_flag(path, after[path]))}" for path in after if after[path] != before[path]]
+        lines += [f"  {shlex.join(_flag(path, after[path], may_be_unset=before[path] is None))}" for path in after if after[path] != before[path]]
     return "\n".join(lines)
 
 
