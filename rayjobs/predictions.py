@@ -1,5 +1,6 @@
 """Predictions and metrics of whole splits, on one worker or on all of a training's."""
 
+import itertools
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -11,8 +12,9 @@ from torch import nn
 
 from cad_models.config import Recipe
 from cad_models.task import Columns, Predictions, Task
+from rayjobs.columns_on_disk import GrowingColumns
 from rayjobs.memory import RegularRelease, release_freed_memory
-from rayjobs.streams import ROW_KEY, SplitStream, concatenated
+from rayjobs.streams import ROW_KEY, SplitStream
 
 _EVAL_BATCH = 64
 MORE_OBJECTS = 256
@@ -79,37 +81,39 @@ def predict_split(
         )
     was_training = learner.training
     learner.eval()
-    pieces: list[Columns] = []
-    costly: list[Columns] = []
+    whole, costly = GrowingColumns(), GrowingColumns()
     end = stream.key_after(MORE_OBJECTS) if more else 0
     release = RegularRelease()
+    parts = stream.parts(rank(), world_size())
     with torch.inference_mode():
-        for columns in stream.parts(rank(), world_size()):
-            keys = columns.pop(ROW_KEY)
-            for start in range(0, len(keys), _EVAL_BATCH):
-                chunk = {name: column[start : start + _EVAL_BATCH] for name, column in columns.items()}
-                batch = {n: t.to(device) for n, t in task.collate(chunk, recipe, rngs=None).items()}
-                numbered = {ROW_KEY: keys[start : start + _EVAL_BATCH]}
-                pieces.append({n: _array(t) for n, t in learner.predict(batch).items()} | numbered)
-                if keys[start] < end and (added := learner.predict_more(batch)):
-                    costly.append({n: _array(t) for n, t in added.items()} | numbered)
+        # As many rounds on every worker: after each, rank 0 gets the others' parts, so that none keeps more than one.
+        for _ in range(-(-sum(map(bool, stream.part_rows)) // world_size())):
+            pieces: list[tuple[Columns, Columns]] = []
+            for columns in itertools.islice(parts, 1):
+                keys = columns.pop(ROW_KEY)
+                for start in range(0, len(keys), _EVAL_BATCH):
+                    chunk = {name: column[start : start + _EVAL_BATCH] for name, column in columns.items()}
+                    batch = {n: t.to(device) for n, t in task.collate(chunk, recipe, rngs=None).items()}
+                    predicted = {n: _array(t) for n, t in learner.predict(batch).items()}
+                    added = learner.predict_more(batch) if keys[start] < end else {}
+                    pieces.append((predicted, {n: _array(t) for n, t in added.items()}))
+            for piece, more_of_it in _gathered(pieces, group):
+                whole.append(piece)
+                costly.append(more_of_it)
             release()
     release_freed_memory()
     learner.train(was_training)
-    if group is not None:
-        gathered: list[Any] | None = [None] * world_size() if rank() == 0 else None
-        # Pickled by torch.distributed, between the processes of this one run only.
-        dist.gather_object((pieces, costly), gathered, dst=0, group=group)
-        if gathered is None:
-            return None
-        pieces, costly = ([piece for part in gathered for piece in part[kind]] for kind in (0, 1))
-    return _in_order(pieces) | (_in_order(costly) if costly else {})
+    return None if rank() else whole.arrays() | costly.arrays()
 
 
-def _in_order(pieces: list[Columns]) -> Predictions:
-    whole = concatenated(pieces)
-    order = np.argsort(whole.pop(ROW_KEY), kind="stable")
-    return {name: column[order] for name, column in whole.items()}
+def _gathered(pieces: list[Any], group: Any) -> list[Any]:
+    """On rank 0 those of all workers, in the order of their ranks; nothing on the others."""
+    if group is None:
+        return pieces
+    gathered: list[Any] | None = [None] * world_size() if rank() == 0 else None
+    # Pickled by torch.distributed, between the processes of this one run only.
+    dist.gather_object(pieces, gathered, dst=0, group=group)
+    return [] if gathered is None else [piece for of_worker in gathered for piece in of_worker]
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:

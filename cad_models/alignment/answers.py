@@ -309,6 +309,8 @@ def combine_embeddings(
     """
     share = _shares(len(members), weights)
     members = _as_many_sides(members)
+    if rule == "concatenate" and len(members) == 1:
+        return members[0]  # not a copy: it may be a whole split's
     if rule == "concatenate":
         return np.concatenate([m * np.float32(np.sqrt(w)) for m, w in zip(members, share, strict=True)], axis=-1)
     if rule != "mean":

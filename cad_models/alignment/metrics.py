@@ -19,6 +19,8 @@ DIRECTIONS = ("image_to_mesh", "mesh_to_image")
 PROTOCOLS: dict[str, int] = {"": 1, "3_views/": 3, "all_views/": 0}
 """Infix of the metric's name -> images that are averaged into one; 0 = all that an object has."""
 
+# Scores held at a time: 16 MB, and the masks beside them.
+_SCORE_ELEMENTS = 1 << 22
 _MOST_CATEGORIES = 50
 # Below it an interval from resamples says more about their number than about the category.
 _FEWEST_FOR_BOUNDS = 5
@@ -143,20 +145,37 @@ def learned_ranks(predictions: Predictions) -> dict[str, Ranks]:
 
 
 def _ranks_by_sides(predictions: Predictions) -> dict[str, Ranks]:
-    group, found = np.asarray(predictions["group"]), {}
-    relevant = group[:, None] == group[None, :]
+    cad, group, found = predictions["cad"], np.asarray(predictions["group"]), {}
     for infix, (condition, size) in protocols(predictions, "query").items():
         images, owner = averaged_views(predictions[f"query{condition}"], predictions["num_queries"], size)
         galleries = one_per_object(owner)
         to_mesh, to_image = np.zeros(len(owner), dtype=np.int64), []
         # A gallery at a time, for both directions: the scores of all pictures at once would grow with the split six times as fast.
         for rows in galleries:
-            score = side_scores(images[rows], predictions["cad"])
-            to_mesh[rows] = _ranks_of_scores(score, relevant[owner[rows]])
-            to_image.append(_ranks_of_scores(score.T, relevant[:, owner[rows]]))
+            to_mesh[rows], of_meshes = _two_way_ranks(images[rows], group[owner[rows]], cad, group)
+            to_image.append(of_meshes)
         meshes = np.tile(np.arange(len(group)), len(galleries))
         found[infix] = Ranks(image_to_mesh=to_mesh, image_owner=owner, mesh_to_image=np.concatenate(to_image), mesh_owner=meshes)
     return found
+
+
+def _two_way_ranks(images: np.ndarray, image_group: np.ndarray, cad: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks of the right meshes for each image, and of the right images for each mesh.
+
+    Scores that are too many for one block are computed twice, by blocks of images and by blocks of meshes: their memory would grow with the square of
+    the split.
+    """
+    if len(images) * len(cad) <= _SCORE_ELEMENTS:
+        score, relevant = side_scores(images, cad), image_group[:, None] == group[None, :]
+        return _ranks_of_scores(score, relevant), _ranks_of_scores(score.T, relevant.T)
+
+    def blocks(rows: int, columns: int) -> list[slice]:
+        step = max(1, _SCORE_ELEMENTS // max(1, columns))
+        return [slice(start, start + step) for start in range(0, rows, step)]
+
+    by_images = [_ranks_of_scores(side_scores(images[b], cad), image_group[b][:, None] == group) for b in blocks(len(images), len(cad))]
+    by_meshes = [_ranks_of_scores(side_scores(images, cad[b]).T, group[b][:, None] == image_group) for b in blocks(len(cad), len(images))]
+    return np.concatenate(by_images), np.concatenate(by_meshes)
 
 
 def query_bank_ranks(predictions: Predictions, bank: np.ndarray, *, temperature: float = 0.05) -> dict[str, Ranks]:

@@ -11,6 +11,8 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from cad_models.common.mapped import forget_pages
+
 SHARPNESS = 20.0
 """Between the mean of the cosines (0) and their maximum (infinity)."""
 
@@ -55,6 +57,7 @@ def scores(pictures: Float[np.ndarray, "pictures dim"], meshes: Float[np.ndarray
         for top in range(0, len(pictures), height):
             cosines = (pictures[top : top + height] @ block.T).reshape(-1, len(block) // num_sides, num_sides)
             found[top : top + height, start : start + step] = np.log(np.exp(SHARPNESS * cosines).mean(axis=2)) / SHARPNESS
+        forget_pages(meshes)
     return found
 
 

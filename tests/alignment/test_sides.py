@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from cad_models.alignment import sides
+from cad_models.alignment import metrics, sides
 from cad_models.alignment.answers import combine_embeddings, rank
-from cad_models.alignment.metrics import retrieval_metrics
+from cad_models.alignment.metrics import learned_ranks, retrieval_metrics
 from cad_models.alignment.similar_meshes import described
 from cad_models.task import Entry, Search
 
@@ -44,6 +44,30 @@ def test_one_side_is_the_cosine():
     expected = pictures.astype(np.float64) @ meshes.astype(np.float64).T
     np.testing.assert_allclose(sides.scores(pictures, meshes), expected, atol=1e-7)
     np.testing.assert_allclose(sides.scores(pictures, meshes[:, None]), expected, atol=1e-6)
+
+
+def test_ranks_by_blocks_are_those_of_the_whole_and_of_loops(monkeypatch):
+    rng = np.random.default_rng(4)
+    predictions = {
+        "cad": unit(9, 3, 5, seed=5),
+        "query": unit(9, 4, 5, seed=6),
+        "num_queries": rng.integers(0, 5, 9),
+        "group": np.array([0, 1, 1, 3, 4, 5, 6, 6, 8]),
+    }
+    predictions["num_queries"][:2] = 4, 0
+    # Equal scores: they count against the query, whichever block they are in.
+    predictions["cad"][5] = predictions["cad"][2]
+    whole = learned_ranks(predictions)
+    score = sides.scores(predictions["query"].reshape(-1, 5), predictions["cad"]).reshape(9, 4, 9)
+    right = predictions["group"][:, None] == predictions["group"]
+    places = [(o, v) for o in range(9) for v in range(int(predictions["num_queries"][o]))]
+    expected = [1 + sum(score[o, v, m] >= score[o, v][right[o]].max() for m in range(9) if not right[o, m]) for o, v in places]
+    assert whole[""].image_to_mesh.tolist() == expected
+    for elements in (1, 10, 25):
+        monkeypatch.setattr(metrics, "_SCORE_ELEMENTS", elements)
+        for infix, found in learned_ranks(predictions).items():
+            np.testing.assert_array_equal(found.image_to_mesh, whole[infix].image_to_mesh)
+            np.testing.assert_array_equal(found.mesh_to_image, whole[infix].mesh_to_image)
 
 
 def test_no_pictures_or_meshes_have_no_scores():
