@@ -2,8 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from cad_models.alignment.model_config import HeadConfig
 from cad_models.common.contrastive import sum_with_gradient
@@ -80,19 +81,12 @@ class MixtureOfExperts(nn.Module):
         return torch.bmm(probability.to(y.dtype).unsqueeze(1), y).squeeze(1)
 
     def _sparse(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-        rows, top_k = experts.shape
-        # Sorted by expert, each expert's rows are one matrix product. unbind, because indexing the weight once an
-        # expert makes a full-size gradient each time.
-        order = experts.flatten().argsort(stable=True)
-        counts = torch.bincount(experts.flatten(), minlength=self.config.num_experts).tolist()
-        dispatched = x.unsqueeze(1).expand(-1, top_k, -1).flatten(0, 1)[order]
-        parts = zip(dispatched.split(counts), self.weight.unbind(0), self.bias.unbind(0), strict=True)
-        y = torch.cat([F.linear(part, weight, bias) for part, weight, bias in parts])
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        routed = torch.bmm(weights.to(y.dtype).unsqueeze(1), y[inverse].view(rows, top_k, y.shape[-1])).squeeze(1)
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        routed = _RoutedLinear.apply(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype), weights.to(dtype), experts)
         if self.shared is None:
             return routed
-        return routed + (1 - weights.sum(dim=1, keepdim=True)).to(y.dtype) * self.shared(x)
+        return routed + (1 - weights.sum(dim=1, keepdim=True)).to(routed.dtype) * self.shared(x)
 
     def _scalars(self, logits: Tensor, probability: Tensor, load: Tensor) -> dict[str, Tensor]:
         num_experts = self.config.num_experts
@@ -123,8 +117,69 @@ class MixtureOfExperts(nn.Module):
         }
 
 
+class _RoutedLinear(torch.autograd.Function):
+    """``Σ_k v_k (W_e x + b_e)`` over the chosen experts ``e = experts[row, k]`` of each row.
+
+    Rows are sorted by expert, so that each expert is one matrix product; products are written where they belong, forward and backward: autograd
+    would copy every expert's gradient once more into that of all of them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Float[Tensor, "rows in_dim"],
+        weight: Float[Tensor, "experts out_dim in_dim"],
+        bias: Float[Tensor, "experts out_dim"],
+        values: Float[Tensor, "rows k"],
+        experts: Int64[Tensor, "rows k"],
+    ) -> Float[Tensor, "rows out_dim"]:
+        with torch.autocast(x.device.type, enabled=False):
+            top_k = experts.shape[1]
+            order = experts.flatten().argsort(stable=True)
+            row = order // top_k
+            counts = torch.bincount(experts.flatten(), minlength=len(weight)).tolist()
+            dispatched, y = x.index_select(0, row), x.new_empty(len(order), weight.shape[1])
+            for e, (part, result) in enumerate(zip(dispatched.split(counts), y.split(counts), strict=True)):
+                torch.addmm(bias[e], part, weight[e].T, out=result)
+            routed = _back_in_place(y * values.flatten()[order].unsqueeze(1), row, order, top_k)
+        ctx.save_for_backward(dispatched, y, weight, values, order, row)
+        ctx.counts = counts
+        return routed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        dispatched, y, weight, values, order, row = ctx.saved_tensors
+        top_k = values.shape[1]
+        with torch.autocast(grad.device.type, enabled=False):
+            per_row = grad.index_select(0, row)
+            values_grad = torch.empty_like(values).view(-1).index_copy_(0, order, torch.linalg.vecdot(per_row, y)).view_as(values)
+            per_row.mul_(values.flatten()[order].unsqueeze(1))
+            weight_grad, bias_grad = torch.empty_like(weight), weight.new_empty(weight.shape[:2])
+            for e, (part, of_part) in enumerate(zip(dispatched.split(ctx.counts), per_row.split(ctx.counts), strict=True)):
+                torch.mm(of_part.T, part, out=weight_grad[e])
+                torch.sum(of_part, dim=0, out=bias_grad[e])
+            x_grad = None
+            if ctx.needs_input_grad[0]:  # not for frozen embeddings
+                moved = torch.empty_like(dispatched)
+                for e, (of_part, result) in enumerate(zip(per_row.split(ctx.counts), moved.split(ctx.counts), strict=True)):
+                    torch.mm(of_part, weight[e], out=result)
+                x_grad = _back_in_place(moved, row, order, top_k)
+        return x_grad, weight_grad, bias_grad, values_grad, None
+
+
+def _back_in_place(sorted_rows: Tensor, row: Tensor, order: Tensor, top_k: int) -> Tensor:
+    """Sums over the choices of each row of what is sorted by expert; in one order, whatever the device."""
+    placed = torch.empty_like(sorted_rows)
+    if top_k == 1:
+        return placed.index_copy_(0, row, sorted_rows)
+    return placed.index_copy_(0, order, sorted_rows).view(-1, top_k, sorted_rows.shape[1]).sum(dim=1)
+
+
 def _unit(y: Tensor) -> Tensor:
-    return F.normalize(y.float(), dim=-1)
+    y = y.float()
+    # As F.normalize, whose division and its gradient go over the whole matrix three times more.
+    return y * torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_min(1e-12).reciprocal()
 
 
 def _constant_scalars(x: Tensor) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from cad_models.alignment.model import (
     parameter_groups,
     point_encoder_config,
 )
+from cad_models.alignment.moe import _RoutedLinear
 from cad_models.common.grouping import (
     farthest_points,
     farthest_points_pointnet2,
@@ -306,6 +307,32 @@ def test_head_value_and_gradients_equal_naive_experts(config, residual):
         atol=5e-6,
         rtol=1e-5,
     )
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_routed_gradients_equal_finite_differences_also_where_an_expert_has_no_rows(top_k):
+    generator = torch.Generator().manual_seed(1)
+    x, weight, bias, values = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in ((5, 3), (4, 2, 3), (4, 2), (5, top_k))
+    )
+    experts = torch.tensor([[0, 3], [3, 1], [0, 1], [1, 0], [3, 0]])[:, :top_k]  # none to expert 2
+    assert torch.autograd.gradcheck(lambda *inputs: _RoutedLinear.apply(*inputs, experts), (x, weight, bias, values))
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_sparse_head_takes_no_rows_and_computes_in_bfloat16_under_autocast(top_k):
+    torch.manual_seed(0)
+    head = MixtureOfExperts(HeadConfig(num_experts=4, top_k=top_k), in_dim=10, embed_dim=6)
+    y = head(torch.zeros(0, 10))[0]
+    y.sum().backward()
+    assert y.shape == (0, 6) and float(head.weight.grad.abs().max()) == 0
+    x = torch.randn(40, 10)
+    whole = head(x)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = head(x)[0]
+    assert rough.dtype == torch.float32 and 0 < float((rough - whole).detach().abs().max()) < 0.05
+    rough.sum().backward()
+    assert head.weight.grad.dtype == torch.float32 and bool(head.weight.grad.isfinite().all())
 
 
 @pytest.mark.parametrize("config", [(4, 0), (4, 1), (4, 2)])
