@@ -19,13 +19,15 @@ from typing import Any
 
 import numpy as np
 
-from cad_models.alignment.metrics import Ranks, hits_by_object, learned_ranks, matching_ranks, query_bank_ranks
+from cad_models.alignment.fusion import fused_hits
+from cad_models.alignment.metrics import Ranks, hits_by_object, learned_ranks, matching_ranks, query_bank_ranks, recalls
 from cad_models.alignment.recipe import RECIPE
 from cad_models.checkpoint import Member, load_member
 from cad_models.common.bootstrap import ratio_intervals
 from cad_models.config import Recipe, replace_all
 from cad_models.task import Columns, Predictions
 from cad_models.tasks import TASKS
+from rayjobs.champion import choose_members
 from rayjobs.loop import LoopConfig
 from rayjobs.named_runs import command_line
 from rayjobs.predictions import predict_split
@@ -68,12 +70,18 @@ ROWS: dict[str, dict[str, Any]] = {
     "default_no_augmented_views": {"data.augmented_share": 0.0},
     "default_hog": {"data.encoder": "hog"},
     "default_one_vector": {"model.side_vectors": False},
+    "default_plain_experts": {"model.residual_head": False},
+    "default_no_image_loss": {"loss.image_weight": 0.0},
+    "default_no_ema": {"optim.ema_decay": 0.0},
+    "default_rotation": {"data.augment.max_rotation_deg": 180.0},
     **{name: {**_PAIRS, **change} for name, change in _OF_PAIRS.items()},
 }
 """Name -> what the row changes in the default recipe (``before``: all that the ablations brought is taken back); each recipe is told by its command. All
 rows but those named ``default`` have the encoder of point pairs."""
 
 SHOWN = tuple(f"image_to_mesh/{infix}recall@{k}" for infix in ("", "crop/", "roll/", "roll_crop/") for k in (1, 3)) + ("mesh_to_image/recall@3",)
+
+_TASK = TASKS["alignment"]
 
 Hits = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
@@ -160,25 +168,81 @@ def through_head(member: Member, columns: Columns) -> Columns:
     return changed
 
 
-def measured(bench: Bench, row: str, seeds: Sequence[int]) -> dict[str, Hits]:
-    """Sides that the runs of a row give: the model alone, its head on rendered views, its scores normalised by a bank, the seeds' ensemble."""
-    alone, head, bank, predictions = [], [], [], []
+def soup(bench: Bench, row: str, seed: int) -> Member:
+    """Greedy soup of a run's kept checkpoints (arXiv:2203.05482): from the best on, each is averaged in if the validation split likes that."""
+    member, loop = bench.best(row, seed)
+    folder = Path(bench.output) / f"runs/{row}-{seed}"
+    others = [load_member(found).learner.state_dict() for found in (*sorted(folder.glob("best/*")), folder / "last") if found.name != "mean"]
+    kept, count = member.learner.state_dict(), 1
+    kept = {name: value.clone() for name, value in kept.items()}
+    best = _score(predicted(member, loop, "val"))
+    for other in others:
+        tried = {name: value + (other[name] - value) / (count + 1) if value.is_floating_point() else value for name, value in kept.items()}
+        member.learner.load_state_dict(tried)
+        score = _score(predicted(member, loop, "val"))
+        if score >= best:
+            kept, count, best = tried, count + 1, score
+    member.learner.load_state_dict(kept)
+    return member
+
+
+def predicted(member: Member, loop: LoopConfig, split: str, *, more: bool = False) -> Predictions:
+    """A member's predictions of a split; with the views that a fused score compares if asked for."""
+    found = predict_split(_TASK, loop.recipe, member.learner, getattr(loop, split), "cpu", more=more)
+    assert found is not None  # one process
+    return found
+
+
+def _score(predictions: Predictions) -> float:
+    return recalls(learned_ranks(predictions))["recall@3"]
+
+
+def _alone(predictions: Predictions) -> Hits:
+    return hits_by_object(learned_ranks(predictions), len(predictions["group"]))
+
+
+def _fused(val: Sequence[Predictions], test: Sequence[Predictions]) -> Hits:
+    """The fused score of some runs, with weights fitted on the validation split."""
+    rule = _TASK.combine_rules[0]
+    hits = fused_hits(_TASK.combine(test, rule=rule, fitted=_TASK.fit_rule(val, rule=rule)))
+    return {name.removeprefix("fused/"): of for name, of in hits.items() if name.startswith("fused/")}
+
+
+def measured(bench: Bench, row: str, seeds: Sequence[int]) -> tuple[dict[str, Hits], dict[str, tuple[Predictions, Predictions]]]:
+    """Sides that the runs of a row give: the model alone, its head on rendered views, its scores normalised by a bank, both fused, a soup of its
+    checkpoints, the seeds' ensemble; and the runs' predictions of validation and test split."""
+    found: dict[str, list[Hits]] = {name: [] for name in ("", ", head on 24 rendered views", ", query bank", ", fused with 24 rendered views", ", soup")}
+    vals, tests = [], []
     for seed in seeds:
         member, loop = bench.best(row, seed)
-        test: Predictions = predict_split(TASKS["alignment"], loop.recipe, member.learner, loop.test, "cpu")
-        train: Predictions = predict_split(TASKS["alignment"], loop.recipe, member.learner, loop.train, "cpu")
-        columns = bench.columns(loop.recipe, "test")
+        val, test = (predicted(member, loop, split, more=True) for split in ("val", "test"))
+        train, columns = predicted(member, loop, "train"), bench.columns(loop.recipe, "test")
         number = len(test["group"])
-        alone.append(hits_by_object(learned_ranks(test), number))
-        head.append(hits_by_object(matching_ranks(through_head(member, columns)), number))
-        bank.append(hits_by_object(query_bank_ranks(test, train["query"][np.arange(train["query"].shape[1]) < train["num_queries"][:, None]]), number))
-        predictions.append(test)
-    sides = {row: mean_hits(alone), f"{row}, head on 24 rendered views": mean_hits(head), f"{row}, query bank": mean_hits(bank)}
+        bank = train["query"][np.arange(train["query"].shape[1]) < train["num_queries"][:, None]]
+        found[""].append(_alone(test))
+        found[", head on 24 rendered views"].append(hits_by_object(matching_ranks(through_head(member, columns)), number))
+        found[", query bank"].append(hits_by_object(query_bank_ranks(test, bank), number))
+        found[", fused with 24 rendered views"].append(_fused([val], [test]))
+        found[", soup"].append(_alone(predicted(soup(bench, row, seed), loop, "test")))
+        vals.append(val)
+        tests.append(test)
+    sides = {f"{row}{name}": mean_hits(hits) for name, hits in found.items()}
     if len(seeds) > 1:
-        sides[f"{row}, ensemble of {len(seeds)} seeds"] = hits_by_object(learned_ranks(TASKS["alignment"].combine(predictions)), number)
-        best = max(range(len(seeds)), key=lambda i: alone[i]["image_to_mesh/recall@3"][0].sum())
-        sides[f"{row}, best seed on test"] = alone[best]
-    return sides
+        sides[f"{row}, ensemble of {len(seeds)} seeds"] = _alone(_TASK.combine(tests))
+        sides[f"{row}, ensemble of {len(seeds)} seeds, fused"] = _fused(vals, tests)
+        best = max(range(len(seeds)), key=lambda i: found[""][i]["image_to_mesh/recall@3"][0].sum())
+        sides[f"{row}, best seed on test"] = found[""][best]
+    learned = [{name: column for name, column in p.items() if "view" not in name and "frozen" not in name} for p in (*vals, *tests)]
+    return sides, {f"{row}-{seed}": (learned[i], learned[len(vals) + i]) for i, seed in enumerate(seeds)}
+
+
+def chosen_on_validation(runs: Mapping[str, tuple[Predictions, Predictions]]) -> dict[str, Hits]:
+    """The best of all rows' runs on the validation split, and the ensemble that is chosen there greedily among them; both on the test split."""
+    names = list(runs)
+    best = max(names, key=lambda name: _score(runs[name][0]))
+    chosen, _ = choose_members([runs[name][0] for name in names], _TASK.combine, _score, _TASK.score)
+    together = _TASK.combine([runs[names[i]][1] for i in chosen])
+    return {f"best run on validation ({best})": _alone(runs[best][1]), f"greedy ensemble ({', '.join(names[i] for i in chosen)})": _alone(together)}
 
 
 def table(sides: Mapping[str, Hits], other: str | None) -> str:
@@ -221,8 +285,11 @@ def main() -> None:
         return
     number = len(bench.columns(recipe_of(flags.rows[0], 0, common), "test")["group"])
     sides: dict[str, Hits] = {"rival: HOG on 24 rendered views": hits_by_object(bench.rival(), number)}
+    runs: dict[str, tuple[Predictions, Predictions]] = {}
     for row in flags.rows:
-        sides |= measured(bench, row, flags.seeds)
+        of_row, of_runs = measured(bench, row, flags.seeds)
+        sides, runs = sides | of_row, runs | of_runs
+    sides |= chosen_on_validation(runs)
     seconds = {
         row: [json.loads((Path(flags.output) / f"runs/{row}-{seed}/seconds.json").read_text())["cpu_s"] for seed in flags.seeds] for row in flags.rows
     }

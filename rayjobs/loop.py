@@ -42,6 +42,7 @@ from cad_models.tasks import TASKS
 from rayjobs.batching import fitting_batch_size, prefetched, regrouped
 from rayjobs.gradients import autocast_for, cached_backward, checked_micro_batch_size, same_everywhere, seed_of_step
 from rayjobs.history import CSV_NAME, PNG_NAME, history_csv, history_png
+from rayjobs.loop_state import LoopState
 from rayjobs.memory import release_freed_memory
 from rayjobs.predictions import final_figures, fitted_alone, predict_split, rank, split_metrics, world_size
 from rayjobs.streams import ROW_KEY, SplitStream
@@ -79,6 +80,25 @@ class LoopConfig:
         """The split that the task's metrics are measured against, if it has one."""
         split = TASKS[self.task].reference_split
         return getattr(self, split) if split else None
+
+
+def check_recipe(config: LoopConfig) -> None:
+    """Note in the run's folder what was asked for. Raises ValueError, naming both sides, when the folder holds a run of something else."""
+    folder, recipe = Folder(config.run_folder), config.recipe
+    data = {name: config.signature.get(name) for name in ("dataset_digest", "encoder_digest")}
+    asked = {"task": config.task, "recipe": to_dict(recipe), **data}
+    if not folder.exists("recipe.json"):
+        folder.write_json("recipe.json", asked)
+        return
+    before = folder.read_json("recipe.json")
+    if before["task"] != asked["task"]:
+        raise ValueError(f"{folder.uri} holds a run of task {before['task']}, not {asked['task']}: choose another --name")
+    changes = differences(from_dict(type(recipe), before["recipe"]), recipe)
+    changes += [f"{name.replace('_', ' ')}: {before.get(name)} -> {now}" for name, now in data.items() if before.get(name) != now]
+    if changes:
+        raise ValueError(
+            f"{folder.uri} holds a run of another recipe ({'; '.join(changes)}): choose another --name, or delete that folder to start over"
+        )
 
 
 def train_loop_per_worker(config: dict[str, Any]) -> None:
@@ -141,7 +161,7 @@ class Training:
         decay = self.recipe.optim.ema_decay
         self.ema = ExponentialMovingAverage(self.learner, decay) if decay > 0 else None
         self.autocast = autocast_for(self.recipe.precision, self.device)
-        self.state = _State()
+        self.state = LoopState()
         self.batch_size = fitting_batch_size(self.recipe, config.train, self.world_size)
         # NCCL moves no CPU objects; a second, gloo group carries predictions and the stop signal.
         self.cpu_group = dist.new_group(backend="gloo") if self.world_size > 1 else None
@@ -400,7 +420,7 @@ class Training:
             optimizer.load_state_dict(saved["optimizers"][turn])
         if self.ema is not None:
             self.ema.load_state_dict(saved["ema"])
-        self.state = _State.from_dict(saved["loop"])
+        self.state = LoopState.from_dict(saved["loop"])
 
     def _begin(self) -> None:
         if self.recipe.init_from:
@@ -485,63 +505,4 @@ class Training:
                 "loss": loss if loss is None or math.isfinite(loss) else None,
                 "objects_per_s": rate,
             },
-        )
-
-
-class _State:
-    """Where a run stands; everything in it is resumed."""
-
-    def __init__(self) -> None:
-        self.epoch = 0
-        """Finished epochs."""
-        self.step = 0
-        """Finished steps of the epoch that is under way."""
-        self.global_step = 0
-        self.best: dict[str, float] = {}
-        self.evals_without_better = 0
-        """Evaluations since the score was best."""
-        self.history: list[dict[str, Any]] = []
-        self.sums: dict[str, Any] = {}
-        self.num_summed = 0
-        self.objects_per_s = 0.0
-
-    def add(self, scalars: dict[str, Tensor]) -> None:
-        """Add one step's scalars to the running sums, without waiting for a GPU."""
-        for name, value in scalars.items():
-            # Sums in float64: means over an epoch are the same wherever it was interrupted.
-            self.sums[name] = self.sums.get(name, 0.0) + value.double()
-        self.num_summed += 1
-
-    def reset_sums(self) -> None:
-        """Start the next epoch's means."""
-        self.sums, self.num_summed = {}, 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a checkpoint."""
-        return {**self.__dict__, "sums": {name: float(value) for name, value in self.sums.items()}}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "_State":
-        """The inverse of :meth:`to_dict`."""
-        state = cls()
-        state.__dict__.update(values)
-        return state
-
-
-def check_recipe(config: LoopConfig) -> None:
-    """Note in the run's folder what was asked for. Raises ValueError, naming both sides, when the folder holds a run of something else."""
-    folder, recipe = Folder(config.run_folder), config.recipe
-    data = {name: config.signature.get(name) for name in ("dataset_digest", "encoder_digest")}
-    asked = {"task": config.task, "recipe": to_dict(recipe), **data}
-    if not folder.exists("recipe.json"):
-        folder.write_json("recipe.json", asked)
-        return
-    before = folder.read_json("recipe.json")
-    if before["task"] != asked["task"]:
-        raise ValueError(f"{folder.uri} holds a run of task {before['task']}, not {asked['task']}: choose another --name")
-    changes = differences(from_dict(type(recipe), before["recipe"]), recipe)
-    changes += [f"{name.replace('_', ' ')}: {before.get(name)} -> {now}" for name, now in data.items() if before.get(name) != now]
-    if changes:
-        raise ValueError(
-            f"{folder.uri} holds a run of another recipe ({'; '.join(changes)}): choose another --name, or delete that folder to start over"
         )

@@ -22,13 +22,14 @@ from rayjobs.champion import Candidate, Measuring, enrol, select
 from rayjobs.cli import EXIT_STOPPED
 from rayjobs.courier import MetricsCourier
 from rayjobs.folder_lock import locked
+from rayjobs.live_runs import LiveRuns
 from rayjobs.loop import LoopConfig, check_recipe
 from rayjobs.resources import WorkerPlan, concurrent_trainings, connect, plan_workers
 from rayjobs.search_report import member_table
 from rayjobs.tracked_runs import ChildRun, TrackedRuns
 from rayjobs.tracking import DatasetSource, TrackedRun, Tracking, open_tracking
 from rayjobs.train import TrainJob, loop_config
-from rayjobs.trials import LiveRuns, TrialSetting, run_here, run_trials, stopping_on_signals
+from rayjobs.trials import TrialSetting, run_here, run_trials, stopping_on_signals
 
 if TYPE_CHECKING:
     from cad_models.task import Task

@@ -33,8 +33,8 @@ from rayjobs.tracked_runs import ChildRun, TrackedRuns
 
 if TYPE_CHECKING:
     from rayjobs.courier import MetricsCourier
+    from rayjobs.live_runs import LiveSearch
     from rayjobs.tracking import TrackedRun, Tracking
-    from rayjobs.trials import LiveSearch
 
 # A trial's own process only starts and watches its workers.
 _TRIAL_CPUS = 0.01
@@ -151,7 +151,8 @@ def _searched(
     job: TuneJob, folder: Folder, base: Any, plan: WorkerPlan, in_process: bool, tracked: "TrackedTrials"
 ) -> tuple["LiveSearch", int]:
     """Run what is left of the search; also the signal that asked it to stop, or 0."""
-    from rayjobs.trials import LiveSearch, TrialSetting, run_trials, stopping_on_signals
+    from rayjobs.live_runs import LiveSearch
+    from rayjobs.trials import TrialSetting, run_trials, stopping_on_signals
 
     shown = _Lines(job.search, TASKS[job.task].score)
 

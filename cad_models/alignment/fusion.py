@@ -337,17 +337,29 @@ def fused_details(predictions: Predictions) -> dict[str, float]:
         predictions: As for :func:`fit_weights`, also ``query_<condition>`` and ``frozen_query_<condition>``; ``fusion`` float64 [n, 4], the weights in every
             row, where they were fitted.
     """
-    weights = FusionWeights.of(predictions["fusion"][0].tolist()) if "fusion" in predictions else DEFAULT_WEIGHTS
+    weights = _weights_of(predictions)
+    figures = fused_hits(predictions)
+    low, high = ratio_intervals(np.stack([of for of, _ in figures.values()], axis=1), np.stack([among for _, among in figures.values()], axis=1))
+    told = {"fused/num_objects": float(len(predictions["view"]))} | {f"fused/weight/{name}": value for name, value in asdict(weights.normalised).items()}
+    for (name, (of, among)), least, most in zip(figures.items(), low.tolist(), high.tolist(), strict=True):
+        told |= {name: float(of.sum() / among.sum()), f"{name}_low": least, f"{name}_high": most}
+    return told
+
+
+def fused_hits(predictions: Predictions) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """What each object adds to each figure of `fused_details`: name -> (hits, queries), float64 [objects with ``view``] each; their sums' ratio is the
+    figure."""
+    weights = _weights_of(predictions)
     predictions = {name: column[: len(predictions["view"])] for name, column in predictions.items()}
     figures: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for condition in [name for name in ("", *(f"_{name}" for name in QUERY_CONDITIONS)) if f"frozen_query{name}" in predictions]:
         asked = {name: predictions[f"{name}{condition}"] for name in ("query", "frozen_query")}
         figures |= _figures(predictions | asked, weights, f"{condition[1:]}/" if condition else "")
-    low, high = ratio_intervals(np.stack([of for of, _ in figures.values()], axis=1), np.stack([among for _, among in figures.values()], axis=1))
-    told = {"fused/num_objects": float(len(predictions["group"]))} | {f"fused/weight/{name}": value for name, value in asdict(weights.normalised).items()}
-    for (name, (of, among)), least, most in zip(figures.items(), low.tolist(), high.tolist(), strict=True):
-        told |= {name: float(of.sum() / among.sum()), f"{name}_low": least, f"{name}_high": most}
-    return told
+    return figures
+
+
+def _weights_of(predictions: Predictions) -> FusionWeights:
+    return FusionWeights.of(predictions["fusion"][0].tolist()) if "fusion" in predictions else DEFAULT_WEIGHTS
 
 
 def _figures(predictions: Predictions, weights: FusionWeights, infix: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -17,7 +17,8 @@ from cad_models.checkpoint import load_member, read_weights
 from cad_models.config import replace_all
 from cad_models.tasks import TASKS
 from rayjobs.batching import fitting_batch_size, prefetched
-from rayjobs.loop import LoopConfig, Training, TrainingDiverged, _State
+from rayjobs.loop import LoopConfig, Training, TrainingDiverged
+from rayjobs.loop_state import LoopState
 from rayjobs.predictions import predict_split, split_metrics
 from rayjobs.resources import ScaleConfig
 from rayjobs.streams import SplitStream, open_dataset
@@ -317,13 +318,13 @@ def test_batch_of_a_small_dataset_does_not_depend_on_the_workers(num_rows, batch
 
 
 def test_state_through_its_dict_adds_on_to_the_same_means():
-    whole, first = _State(), _State()
+    whole, first = LoopState(), LoopState()
     values = [torch.tensor(v) for v in (0.1, 0.7, 1e-9, 3.3)]
     for value in values:
         whole.add({"loss": value})
     for value in values[:2]:
         first.add({"loss": value})
-    resumed = _State.from_dict(json.loads(json.dumps(first.to_dict())))
+    resumed = LoopState.from_dict(json.loads(json.dumps(first.to_dict())))
     for value in values[2:]:
         resumed.add({"loss": value})
     assert float(resumed.sums["loss"]) == float(whole.sums["loss"]) and resumed.num_summed == 4

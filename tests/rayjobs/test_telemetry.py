@@ -81,10 +81,11 @@ def test_what_is_not_finite_is_left_out(gauges):
 
 def test_a_run_and_a_search_set_every_gauge_of_theirs(gauges, tmp_path):
     from cad_models.dataset import Folder
+    from rayjobs.live_runs import LiveSearch
     from rayjobs.loop import Training
     from rayjobs.progress import Progress
     from rayjobs.search import SearchConfig
-    from rayjobs.trials import LiveSearch, TrialSetting, run_here
+    from rayjobs.trials import TrialSetting, run_here
     from tests.rayjobs.test_loop import RECIPE, TASK, config_of
     from tests.synthetic import make_dataset
 

@@ -26,6 +26,7 @@ from cad_models.dataset import Folder
 from cad_models.task import Score
 from rayjobs import champion, search_report
 from rayjobs.champion import CannotBeMeasured, choose_members, crown
+from rayjobs.live_runs import LiveSearch
 from rayjobs.search import (
     Journal,
     SearchConfig,
@@ -39,7 +40,6 @@ from rayjobs.search import (
     search_identity,
     should_stop,
 )
-from rayjobs.trials import LiveSearch
 from tests.synthetic import make_dataset
 
 REPOSITORY = Path(__file__).resolve().parents[2]
