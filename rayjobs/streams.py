@@ -7,7 +7,7 @@ depends on seed and epoch only, and any step can be resumed.
 """
 
 import logging
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -218,22 +218,18 @@ class SplitStream:
         windows.sort(key=lambda w: (w.start, w.shard))
         if not windows:
             return
-        buffers: dict[int, Columns] = {}
+        buffers: dict[int, _Buffer] = defaultdict(_Buffer)
         position: dict[int, int] = defaultdict(lambda: first_row)
         queue = zip(windows, self._read_windows(windows), strict=True)
         for _ in range(first_step, num_steps):
-            shares = []
+            shares: list[Columns] = []
             for shard in mine:
-                while shard not in buffers or len(buffers[shard][ROW_KEY]) < share:
+                while len(buffers[shard]) < share:
                     window, columns = next(queue)
-                    if window.start < position[window.shard]:  # resumed within this window
-                        skipped = position[window.shard] - window.start
-                        columns = {name: column[skipped:] for name, column in columns.items()}
+                    skipped = max(0, position[window.shard] - window.start)  # resumed within this window
                     position[window.shard] = window.start + sum(self.part_rows[p] for p in window.parts)
-                    held = buffers.get(window.shard)
-                    buffers[window.shard] = columns if held is None else concatenated([held, columns])
-                shares.append({name: column[:share] for name, column in buffers[shard].items()})
-                buffers[shard] = {name: column[share:] for name, column in buffers[shard].items()}
+                    buffers[window.shard].put(columns, skipped)
+                shares += buffers[shard].take(share)
             yield concatenated(shares)
 
     def _read_windows(self, windows: list[Window]) -> Iterator[Columns]:
@@ -241,9 +237,8 @@ class SplitStream:
 
         def load(batch: dict[str, np.ndarray]) -> Columns:
             window = windows[int(batch["window"][0])]
-            columns = concatenated([read_examples(dataset, recipe, split, p) for p in window.parts])
-            order = shuffled(len(columns[ROW_KEY]), window)
-            return {name: column[order] for name, column in columns.items()}
+            pieces = [read_examples(dataset, recipe, split, p) for p in window.parts]
+            return reordered(pieces, shuffled(sum(len(piece[ROW_KEY]) for piece in pieces), window))
 
         pipeline = _ordered([{"window": i} for i in range(len(windows))]).map_batches(
             load, batch_size=1, num_cpus=0.25, concurrency=_READ_TASKS
@@ -265,6 +260,50 @@ def _ordered(items: list[dict[str, Any]]) -> "ray.data.Dataset":
 def _block(reference: Any) -> Columns:
     # Of its own dict, since callers take columns out; the arrays are the object store's.
     return dict(ray.get(reference))
+
+
+class _Buffer:
+    """Windows of a shard that were read and not yet used up; what is taken are views of them."""
+
+    def __init__(self) -> None:
+        self._windows: deque[tuple[Columns, int]] = deque()
+        self._num_rows = 0
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def put(self, columns: Columns, skipped: int) -> None:
+        self._windows.append((columns, skipped))
+        self._num_rows += len(columns[ROW_KEY]) - skipped
+
+    def take(self, num_rows: int) -> list[Columns]:
+        taken = []
+        while num_rows:
+            columns, start = self._windows.popleft()
+            stop = min(start + num_rows, len(columns[ROW_KEY]))
+            taken.append({name: column[start:stop] for name, column in columns.items()})
+            if stop < len(columns[ROW_KEY]):
+                self._windows.appendleft((columns, stop))
+            num_rows -= stop - start
+            self._num_rows -= stop - start
+        return taken
+
+
+def reordered(pieces: list[Columns], order: np.ndarray) -> Columns:
+    """`concatenated`, and of that the rows ``order``, a permutation: in one copy."""
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    result: Columns = {}
+    for name, first in pieces[0].items():
+        arrays = [piece[name] for piece in pieces]
+        if any(array.shape[1:] != first.shape[1:] or array.dtype != first.dtype for array in arrays):
+            result[name] = concatenated([{name: array} for array in arrays])[name][order]
+            continue
+        result[name], start = np.empty((len(order), *first.shape[1:]), dtype=first.dtype), 0
+        for array in arrays:
+            result[name][place[start : start + len(array)]] = array
+            start += len(array)
+    return result
 
 
 def concatenated(pieces: list[Columns]) -> Columns:

@@ -14,7 +14,7 @@ from cad_models.config import replace_all, replace_at
 from cad_models.dataset import DatasetError
 from cad_models.task import LABEL_INDEX
 from cad_models.tasks import TASKS
-from rayjobs.streams import ROW_KEY, SplitStream, concatenated, open_dataset, read_examples
+from rayjobs.streams import ROW_KEY, SplitStream, concatenated, open_dataset, read_examples, reordered
 from tests.synthetic import WIDTH, make_dataset
 
 TASK = TASKS["alignment"]
@@ -146,6 +146,20 @@ def rewrite(dataset, name, change):
     value = json.loads(path.read_text())
     change(value)
     path.write_text(json.dumps(value))
+
+
+def test_reordered_is_the_concatenation_in_another_order():
+    rng = np.random.default_rng(0)
+    pieces = [
+        {"points": rng.standard_normal((n, 4, 3)), "views": rng.standard_normal((n, v, 2)).astype(np.float16), "names": np.array(list("abcdefg"[:n]), object)}
+        for n, v in ((3, 2), (0, 2), (7, 2))
+    ]
+    order = rng.permutation(10)
+    for chosen in (pieces, [*pieces[:2], {**pieces[2], "views": rng.standard_normal((7, 5, 2)).astype(np.float16)}]):
+        found, expected = reordered(chosen, order), concatenated(chosen)
+        for name, column in expected.items():
+            assert found[name].dtype == column.dtype
+            np.testing.assert_array_equal(found[name], column[order])
 
 
 def test_missing_dataset_is_refused_with_the_command_that_makes_it(tmp_path):
