@@ -171,6 +171,17 @@ def _distance(pixels: np.ndarray, colors: np.ndarray) -> np.ndarray:
 
 def _without_specks(mask: np.ndarray) -> np.ndarray:
     """The mask without its small pieces and small gaps."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if len(rows) == 0:
+        return mask
+    # Beyond the mask's box, and a rim around it, there is nothing to tell apart: what reaches the rim is the outside.
+    box = (slice(max(0, rows[0] - 1), rows[-1] + 2), slice(max(0, columns[0] - 1), columns[-1] + 2))
+    cleaned = np.zeros_like(mask)
+    cleaned[box] = _cleaned(mask[box])
+    return cleaned
+
+
+def _cleaned(mask: np.ndarray) -> np.ndarray:
     from scipy import ndimage
 
     pieces, count = ndimage.label(mask, structure=np.ones((3, 3)))

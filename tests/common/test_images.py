@@ -11,6 +11,8 @@ from PIL import Image, ImageDraw
 from cad_models.common.images import (
     IMAGE_REASONS,
     BadImage,
+    _cleaned,
+    _without_specks,
     decode_image,
     encode_png,
     foreground_mask,
@@ -298,6 +300,18 @@ def test_mask_keeps_openings_and_fills_gloss():
     assert not mask[40, 50]
     assert mask[61, 51]
     assert mask.sum() == 3600 - 400
+
+
+def test_specks_and_gaps_are_told_apart_within_the_box_as_in_the_whole_picture():
+    rng = np.random.default_rng(0)
+    for number in range(300):
+        mask = np.zeros((20, 26), dtype=bool)
+        top, left = rng.integers(0, 8), rng.integers(0, 10)  # at the picture's border, near it, away from it
+        block = rng.random((rng.integers(1, 20 - top + 1), rng.integers(1, 26 - left + 1))) < rng.uniform(0.05, 0.98)
+        mask[top : top + block.shape[0], left : left + block.shape[1]] = block
+        if number % 3 == 0:
+            mask[5:9, 3:9] = True  # something large, so that specks are small beside it
+        np.testing.assert_array_equal(_without_specks(mask), _cleaned(mask) if mask.any() else mask)
 
 
 def test_mask_drops_specks_and_keeps_loose_pieces():
