@@ -20,8 +20,8 @@ _TILE_ACCELERATOR = (4096, 16384)
 # Logits up to this size are exponentiated as they are: e^±40 and the sum of 10^8 of them are far from float32's ends, and
 # a float32 product is as exact there as anywhere.
 _PLAIN_EXP = 40.0
-# Elements of tiles that are kept for the backward, half a GB of float32; beyond them tiles are computed again.
-_KEPT_ELEMENTS = 1 << 27
+# Elements of tiles that are kept for the backward, a quarter of a GB of float32; beyond them tiles are computed again.
+_KEPT_ELEMENTS = 1 << 26
 
 
 def world_size() -> int:
@@ -108,7 +108,7 @@ def two_way_logsumexp(
 
     Pairs of one group but of different owners (duplicates of an object) are left out of both sums, as if their logit
     were -inf; a row or column with nothing left is -inf. The matrix is never held whole: at most
-    half a GB of its tiles is kept for the backward, which computes the others again (Inf-CL, arXiv:2410.17243), so memory
+    a quarter of a GB of its tiles is kept for the backward, which computes the others again (Inf-CL, arXiv:2410.17243), so memory
     grows with rows + columns. Differentiable once, in ``rows``, ``columns`` and ``scale``; logits are float32 (float64
     for float64 input), also under autocast. ``tile`` is (rows, columns) of a tile.
     """
