@@ -99,7 +99,7 @@ def search(base, config: SearchConfig, curves: Curves, *, goal: float | None, mo
 
 def run(settings: Settings) -> list[Comparison]:
     """Both searches for every seed."""
-    num_samples, repeats = settings.pick(24, 4), settings.pick(5, 1)
+    num_samples, repeats = settings.pick(16, 4), settings.pick(5, 1)
     changes = {
         "data.num_points": 128, "model.num_points": 128, "batch_size": 16, "schedule.num_epochs": settings.pick(9, 2),
         "schedule.num_warmup_epochs": 0.5, "optim.lr": 1e-4, "optim.head_lr": 3e-4, "loss.temperature": 0.2, "model.embed_dim": 256,
