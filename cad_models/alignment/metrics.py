@@ -11,6 +11,7 @@ from cad_models.alignment.query_bank import bank_normalised
 from cad_models.alignment.recipe import QUERY_CONDITIONS
 from cad_models.alignment.sides import scores as side_scores
 from cad_models.common.bootstrap import ratio_intervals
+from cad_models.common.mapped import forget_pages
 from cad_models.common.retrieval import ranks
 from cad_models.task import Columns, Predictions
 
@@ -147,15 +148,36 @@ def learned_ranks(predictions: Predictions) -> dict[str, Ranks]:
 def _ranks_by_sides(predictions: Predictions) -> dict[str, Ranks]:
     cad, group, found = predictions["cad"], np.asarray(predictions["group"]), {}
     for infix, (condition, size) in protocols(predictions, "query").items():
-        images, owner = averaged_views(predictions[f"query{condition}"], predictions["num_queries"], size)
+        views, count = predictions[f"query{condition}"], predictions["num_queries"]
+        owner = _owners(count, size)
         galleries = one_per_object(owner)
+        first = np.searchsorted(owner, owner)  # the first image of each image's object
         to_mesh, to_image = np.zeros(len(owner), dtype=np.int64), []
-        # A gallery at a time, for both directions: the scores of all pictures at once would grow with the split six times as fast.
+        # A gallery at a time, for both directions: the scores of all pictures at once would grow with the split six times as fast, and so would the pictures.
         for rows in galleries:
-            to_mesh[rows], of_meshes = _two_way_ranks(images[rows], group[owner[rows]], cad, group)
+            images = _images(views, count, size, owner[rows], rows - first[rows])
+            to_mesh[rows], of_meshes = _two_way_ranks(images, group[owner[rows]], cad, group)
             to_image.append(of_meshes)
+            forget_pages(views)
         meshes = np.tile(np.arange(len(group)), len(galleries))
         found[infix] = Ranks(image_to_mesh=to_mesh, image_owner=owner, mesh_to_image=np.concatenate(to_image), mesh_owner=meshes)
+    return found
+
+
+def _owners(count: np.ndarray, size: int) -> np.ndarray:
+    """The ``owner`` of `averaged_views`."""
+    count = np.asarray(count)
+    images = np.where(count == 0, 0, count // np.maximum(np.minimum(size, count) if size else count, 1))
+    return np.repeat(np.arange(len(count)), images)
+
+
+def _images(views: np.ndarray, count: np.ndarray, size: int, objects: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Of some objects one row each of `averaged_views`: float32 [objects, dim], the ``numbers``-th of each."""
+    found = np.empty((len(objects), views.shape[2]), dtype=np.float32)
+    for row, (i, number) in enumerate(zip(objects.tolist(), numbers.tolist(), strict=True)):
+        length = min(size, int(count[i])) if size else int(count[i])
+        mean = views[i, number * length : (number + 1) * length].astype(np.float64).mean(0)
+        found[row] = mean / max(np.linalg.norm(mean), 1e-12)
     return found
 
 

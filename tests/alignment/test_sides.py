@@ -70,6 +70,18 @@ def test_ranks_by_blocks_are_those_of_the_whole_and_of_loops(monkeypatch):
             np.testing.assert_array_equal(found.mesh_to_image, whole[infix].mesh_to_image)
 
 
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 9])
+def test_images_of_a_gallery_are_rows_of_all_averaged_views(size):
+    rng = np.random.default_rng(size)
+    views, count = rng.normal(size=(12, 7, 5)).astype(np.float32), rng.integers(0, 8, 12)
+    count[3:5] = 0, 1
+    whole, owner = metrics.averaged_views(views, count, size)
+    assert metrics._owners(count, size).tolist() == owner.tolist()
+    first = np.searchsorted(owner, owner)
+    for rows in metrics.one_per_object(owner):
+        np.testing.assert_array_equal(metrics._images(views, count, size, owner[rows], rows - first[rows]), whole[rows])
+
+
 def test_no_pictures_or_meshes_have_no_scores():
     assert sides.scores(unit(0, 5), unit(3, 2, 5)).shape == (0, 3)
     assert sides.scores(unit(3, 5), unit(0, 2, 5)).shape == (3, 0)
