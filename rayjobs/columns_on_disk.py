@@ -43,7 +43,7 @@ class _GrowingColumn:
         widest = tuple(map(max, self._trailing, piece.shape[1:]))
         if widest != self._trailing:
             self._widen(widest)
-        self._file.write(_padded(piece.astype(self._dtype, copy=False), self._trailing).tobytes())
+        self._file.write(padded(piece.astype(self._dtype, copy=False), self._trailing).tobytes())
         self._num_rows += len(piece)
 
     def array(self) -> np.ndarray:
@@ -72,11 +72,12 @@ class _GrowingColumn:
             for start in range(0, self._num_rows, rows):
                 count = min(rows, self._num_rows - start)
                 block = np.frombuffer(narrow.read(count * self._row_bytes), dtype=self._dtype).reshape(count, *self._trailing)
-                self._file.write(_padded(block, trailing).tobytes())
+                self._file.write(padded(block, trailing).tobytes())
         self._trailing = trailing
 
 
-def _padded(piece: np.ndarray, trailing: tuple[int, ...]) -> np.ndarray:
+def padded(piece: np.ndarray, trailing: tuple[int, ...]) -> np.ndarray:
+    """The array with zeros behind what it has, so that the axes after the first are of the sizes ``trailing``."""
     if piece.shape[1:] == trailing:
         return piece
     return np.pad(piece, [(0, 0)] + [(0, wide - short) for wide, short in zip(trailing, piece.shape[1:], strict=True)])

@@ -24,6 +24,7 @@ from cad_models.dataset import DatasetError, DatasetFolder, EmbeddingsManifest, 
 from cad_models.order import StreamOrder, WholeOrder, Window, num_shards, shuffled
 from cad_models.task import LABEL_INDEX, Columns, Task
 from cad_models.tasks import TASKS
+from rayjobs.columns_on_disk import padded
 
 ROW_KEY = "row_key"
 """Column that numbers every object of a dataset: part * 2**20 + row."""
@@ -316,7 +317,7 @@ def concatenated(pieces: list[Columns]) -> Columns:
         trailing = {a.shape[1:] for a in arrays}
         if len(trailing) > 1:
             target = tuple(max(sizes) for sizes in zip(*trailing, strict=True))
-            arrays = [np.pad(a, [(0, 0)] + [(0, t - s) for t, s in zip(target, a.shape[1:], strict=True)]) for a in arrays]
+            arrays = [padded(a, target) for a in arrays]
         result[name] = np.concatenate(arrays)
     return result
 

@@ -265,18 +265,8 @@ def averaged_views(views: np.ndarray, count: np.ndarray, size: int) -> tuple[np.
     Returns:
         ``(means, owner)``: float32 [m, dim] and the object of each mean, int64 [m], ordered by object.
     """
-    means, owner = [], []
-    for i, (rows, n) in enumerate(zip(views, count, strict=True)):
-        n = int(n)
-        if n == 0:
-            continue
-        length = min(size, n) if size else n
-        for start in range(0, n - length + 1, length):
-            mean = rows[start : start + length].astype(np.float64).mean(0)
-            means.append((mean / max(np.linalg.norm(mean), 1e-12)).astype(np.float32))
-            owner.append(i)
-    dim = views.shape[2]
-    return np.array(means, dtype=np.float32).reshape(-1, dim), np.array(owner, dtype=np.int64)
+    owner = _owners(count, size)
+    return _images(views, count, size, owner, np.arange(len(owner)) - np.searchsorted(owner, owner)), owner
 
 
 def one_per_object(owner: np.ndarray) -> list[np.ndarray]:

@@ -75,8 +75,15 @@ def test_images_of_a_gallery_are_rows_of_all_averaged_views(size):
     rng = np.random.default_rng(size)
     views, count = rng.normal(size=(12, 7, 5)).astype(np.float32), rng.integers(0, 8, 12)
     count[3:5] = 0, 1
+    runs = []
+    for i, n in enumerate(count.tolist()):
+        length = min(size, n) if size else n
+        runs += [(i, start, start + length) for start in range(0, n - length + 1, length or 1) if n]
+    means = [views[i, start:stop].astype(np.float64).mean(0) for i, start, stop in runs]
+    expected = np.array([mean / np.linalg.norm(mean) for mean in means], dtype=np.float32)
     whole, owner = metrics.averaged_views(views, count, size)
-    assert metrics._owners(count, size).tolist() == owner.tolist()
+    assert owner.tolist() == [i for i, _, _ in runs] and metrics._owners(count, size).tolist() == owner.tolist()
+    np.testing.assert_array_equal(whole, expected)
     first = np.searchsorted(owner, owner)
     for rows in metrics.one_per_object(owner):
         np.testing.assert_array_equal(metrics._images(views, count, size, owner[rows], rows - first[rows]), whole[rows])

@@ -49,6 +49,14 @@ def test_nothing_appended_gives_no_columns_and_no_rows_give_empty_ones():
     assert found.shape == (0, 3) and found.dtype == np.float32
 
 
+def test_objects_without_a_view_before_objects_with_some_have_zeros():
+    columns = GrowingColumns()
+    columns.append({"views": np.zeros((2, 0, 3), dtype=np.float32)})
+    columns.append({"views": np.ones((1, 4, 3), dtype=np.float32)})
+    found = columns.arrays()["views"]
+    assert found.shape == (3, 4, 3) and not found[:2].any() and found[2].all()
+
+
 def test_a_mapped_column_can_be_forgotten_and_read_again_and_leaves_no_file(monkeypatch, tmp_path):
     monkeypatch.setattr(columns_on_disk, "_IN_MEMORY_BYTES", 1000)
     monkeypatch.setattr(columns_on_disk.tempfile, "tempdir", str(tmp_path))
