@@ -29,8 +29,8 @@ demo: setup  ## generated parts -> prepare -> embed -> tune -> register -> infer
 test: setup  ## the tests, without the slow ones; several files at once, each on one thread
 	$(OWN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses logical --maxprocesses 4 --dist loadfile
 
-test-slow: setup  ## kills, restarts, whole jobs
-	$(OWN) $(BIN)/python -m pytest -m slow --durations 10
+test-slow: setup  ## kills, restarts, whole jobs; two files at once, since most of their time is waiting
+	$(OWN) $(BIN)/python -m pytest -m slow --durations 10 --numprocesses 2 --dist loadfile
 
 test-all: test test-slow
 
