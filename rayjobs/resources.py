@@ -46,10 +46,17 @@ class ScaleConfig:
     """Compute threads of a worker; 0 = its share of the CPUs."""
     cache_gb: float = 0.25
     """Training and evaluation splits up to this size (in GB, each) are read once and held in memory; larger ones stream."""
+    reader_threads: int | None = None
+    """Threads of each worker that read a streamed split ahead; 0 = Ray Data tasks on any node's cores do. Unset = 2 threads on a single machine, Ray
+    Data on a cluster of several."""
     memory_gb: float = 4.0
     """Memory, in GB, that parsing and rendering one object may take."""
     timeout_s: float = 120.0
     """Seconds that parsing and rendering one object may take."""
+
+    def __post_init__(self) -> None:
+        if self.reader_threads is not None and self.reader_threads < 0:
+            raise ValueError(f"--scale.reader-threads {self.reader_threads} must be at least 0 (0 = tasks of Ray Data)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +70,7 @@ class TrainScaleConfig(ScaleConfig):
     """With --scale.min-workers: train at least so long before a restart with more workers, which costs about ten seconds."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.min_workers <= max(self.num_workers, 0):
             raise ValueError(
                 f"--scale.min-workers {self.min_workers} must be from 0 to --scale.num-workers ({self.num_workers}): it is the least of them to train with"

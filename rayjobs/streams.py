@@ -2,14 +2,14 @@
 
 Co-partitioned part files are read side by side and turned into model-ready arrays (`Task.examples`). What fits the cache budget is read once into
 Ray's object store, for all workers and trials; what does not streams through windows of a few parts, read ahead by Ray Data tasks anywhere in
-the cluster, so that memory does not grow with the dataset. Either way the order is `cad_models.order`'s: it
-depends on seed and epoch only, and any step can be resumed.
+the cluster, or on a single machine by threads of the worker, so that memory does not grow with the dataset. Either way the order is
+`cad_models.order`'s: it depends on seed and epoch only, and any step can be resumed.
 """
 
 import logging
 from collections import defaultdict, deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from cad_models.dataset import DatasetError, DatasetFolder, EmbeddingsManifest, 
 from cad_models.order import StreamOrder, WholeOrder, Window, num_shards, shuffled
 from cad_models.task import LABEL_INDEX, Columns, Task
 from cad_models.tasks import TASKS
+from rayjobs.capacity import cluster_capacity
 from rayjobs.columns_on_disk import padded
 
 ROW_KEY = "row_key"
@@ -31,7 +32,8 @@ ROW_KEY = "row_key"
 
 _READ_THREADS = 8
 
-# Windows that a worker has read ahead, each by a task somewhere in the cluster.
+# What reads a worker's windows ahead: threads of its own, or tasks somewhere in the cluster.
+_READER_THREADS = 2
 _READ_TASKS = 2
 # What they have read and nobody has taken yet. Without a bound Ray Data reads ahead until its share of the object store is full.
 _READ_AHEAD_BYTES = 64 * 10**6
@@ -137,7 +139,9 @@ class SplitStream:
     blocks: list[Any] = field(default_factory=list)
     """References into Ray's object store: the split's parts, when they are held there for all workers."""
     streamed: bool = False
-    """Batches are read window by window through Ray Data."""
+    """Batches are read window by window."""
+    reader_threads: int = 0
+    """Threads of the process that asks for batches which read its windows ahead; 0 = tasks of Ray Data read them, anywhere in the cluster."""
 
     @property
     def part_rows(self) -> list[int]:
@@ -154,15 +158,22 @@ class SplitStream:
         held = np.cumsum(self.part_rows)
         return (int(np.searchsorted(held, num_objects)) + 1) * 2**20
 
-    def cached(self, budget_bytes: int) -> "SplitStream":
-        """The same split for workers: held in Ray's object store if that takes no more than ``budget_bytes``, else streamed. Needs Ray."""
+    def cached(self, budget_bytes: int, reader_threads: int | None = None) -> "SplitStream":
+        """The same split for workers: held in Ray's object store if that takes no more than ``budget_bytes``, else streamed. Needs Ray.
+
+        Args:
+            reader_threads: Of a streamed split; None = threads where all of the cluster is one machine, whose cores do the reading either way (the object
+                store would only add copies), else tasks of Ray Data, which use the cores of other nodes too.
+        """
         parts = [p for p, rows in enumerate(self.part_rows) if rows]
         if not parts:
             return self
         first = read_examples(self.dataset, self.recipe, self.split, parts[0])
         row_bytes = sum(_num_bytes(column) for column in first.values()) / max(1, len(first[ROW_KEY]))
         if row_bytes * self.num_rows > budget_bytes:
-            return replace(self, streamed=True)
+            if reader_threads is None:
+                reader_threads = _READER_THREADS if len(cluster_capacity().most) == 1 else 0
+            return replace(self, streamed=True, reader_threads=reader_threads)
         # Threads: reading is Arrow's work, outside Python's lock. Processes would take longer to start than such a split takes to read.
         with ThreadPoolExecutor(_READ_THREADS) as pool:
             return replace(self, blocks=list(pool.map(lambda p: ray.put(read_examples(self.dataset, self.recipe, self.split, p)), parts)))
@@ -221,7 +232,8 @@ class SplitStream:
             return
         buffers: dict[int, _Buffer] = defaultdict(_Buffer)
         position: dict[int, int] = defaultdict(lambda: first_row)
-        queue = zip(windows, self._read_windows(windows), strict=True)
+        read = self._read_by_threads if self.reader_threads else self._read_by_tasks
+        queue = zip(windows, read(windows), strict=True)
         for _ in range(first_step, num_steps):
             shares: list[Columns] = []
             for shard in mine:
@@ -233,13 +245,33 @@ class SplitStream:
                 shares += buffers[shard].take(share)
             yield concatenated(shares)
 
-    def _read_windows(self, windows: list[Window]) -> Iterator[Columns]:
-        dataset, recipe, split = self.dataset, self.recipe, self.split
+    def _window(self, window: Window) -> Columns:
+        pieces = [read_examples(self.dataset, self.recipe, self.split, p) for p in window.parts]
+        return reordered(pieces, shuffled(sum(len(piece[ROW_KEY]) for piece in pieces), window))
+
+    def _read_by_threads(self, windows: list[Window]) -> Iterator[Columns]:
+        ahead: deque[Future[Columns]] = deque()
+        most = self.reader_threads
+        pool = ThreadPoolExecutor(self.reader_threads, thread_name_prefix="read-windows")
+        try:
+            for window in windows:
+                ahead.append(pool.submit(self._window, window))
+                if len(ahead) <= most:
+                    continue
+                columns = ahead.popleft().result()
+                most = max(most, _READ_AHEAD_BYTES // max(1, sum(map(_num_bytes, columns.values()))))
+                yield columns
+                del columns  # its consumer keeps what it needs of it
+            while ahead:
+                yield ahead.popleft().result()
+        finally:  # also where nobody asks for the rest
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _read_by_tasks(self, windows: list[Window]) -> Iterator[Columns]:
+        stream = replace(self, blocks=[])
 
         def load(batch: dict[str, np.ndarray]) -> Columns:
-            window = windows[int(batch["window"][0])]
-            pieces = [read_examples(dataset, recipe, split, p) for p in window.parts]
-            return reordered(pieces, shuffled(sum(len(piece[ROW_KEY]) for piece in pieces), window))
+            return stream._window(windows[int(batch["window"][0])])
 
         pipeline = _ordered([{"window": i} for i in range(len(windows))]).map_batches(
             load, batch_size=1, num_cpus=0.25, concurrency=_READ_TASKS

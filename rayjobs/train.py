@@ -207,7 +207,7 @@ def loop_config(
     dataset = open_dataset(dataset_uri, task, recipe)
     streams = {split: SplitStream(dataset=dataset, recipe=recipe, split=split) for split in ("train", "val", "test")}
     if plan is not None:
-        streams = {split: stream.cached(int(scale.cache_gb * 1e9)) for split, stream in streams.items()}
+        streams = {split: stream.cached(int(scale.cache_gb * 1e9), scale.reader_threads) for split, stream in streams.items()}
     return LoopConfig(
         task=task_name,
         recipe=recipe,

@@ -13,7 +13,7 @@ from cad_models.common.images import BadImage, decode_image, encode_png
 from cad_models.common.meshes import MESH_SUFFIXES, BadMesh, Mesh, geometry_signature, load_mesh, mesh_facts, normalized
 from cad_models.common.near_duplicates import shape_points
 from cad_models.common.picture_changes import PictureChange
-from cad_models.common.points import fps_order, sample_surface, seed_of
+from cad_models.common.points import fps_order, sample_surface, seed_of, side_by_side
 from cad_models.dataset import DatasetError, Folder, tensor_field, to_numpy
 from cad_models.sources import generated_set, source_files
 from cad_models.task import Columns, EmbedColumn, Inspection, Listing, RawItem, Reject, Row
@@ -339,7 +339,7 @@ def examples(tables: dict[str, pa.Table], recipe: AlignmentRecipe) -> Columns:
         )
     points = stored[:, :num_points]
     if "normals" in recipe.model.channels:
-        points = np.concatenate([points, to_numpy(objects, "normals")[:, :num_points]], axis=2)
+        points = side_by_side(points, to_numpy(objects, "normals")[:, :num_points])
     columns: Columns = {
         "points": np.ascontiguousarray(points),
         "group": np.array([group_number(g) for g in objects.column("group_id").to_pylist()], dtype=np.int64),
@@ -361,6 +361,8 @@ def examples(tables: dict[str, pa.Table], recipe: AlignmentRecipe) -> Columns:
 def _padded(embeddings: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
     """A column of embeddings, float16 [n, most, width] with zeros where an object has fewer, and how many each has, int64 [n]."""
     cells = to_numpy(embeddings, name)
+    if isinstance(cells, np.ndarray):
+        return cells, np.full(len(cells), cells.shape[1], dtype=np.int64)
     width = json.loads(embeddings.schema.field(name).metadata[b"shape"])[1]
     padded = np.zeros((len(cells), max((len(c) for c in cells), default=0), width), dtype=np.float16)
     for row, cell in zip(padded, cells, strict=True):
