@@ -43,7 +43,7 @@ from rayjobs.batching import fitting_batch_size, prefetched, regrouped
 from rayjobs.gradients import autocast_for, cached_backward, checked_micro_batch_size, same_everywhere, seed_of_step
 from rayjobs.history import CSV_NAME, PNG_NAME, history_csv, history_png
 from rayjobs.loop_state import LoopState
-from rayjobs.memory import release_freed_memory
+from rayjobs.memory import keep_freed_memory, release_freed_memory
 from rayjobs.predictions import final_figures, fitted_alone, predict_split, rank, split_metrics, world_size
 from rayjobs.streams import ROW_KEY, SplitStream
 from rayjobs.system_metrics import system_metrics
@@ -170,6 +170,7 @@ class Training:
         """Train to the end, or to a stop request; resumes by itself."""
         if self.folder.exists("result.json"):
             return
+        keep_freed_memory()
         self._resume()
         model: nn.Module = self.learner
         if self.world_size > 1 and self.micro_batch_size:

@@ -26,6 +26,7 @@ from cad_models.task import LABEL_INDEX, Columns, Task
 from cad_models.tasks import TASKS
 from rayjobs.capacity import cluster_capacity
 from rayjobs.columns_on_disk import padded
+from rayjobs.memory import keep_freed_memory
 
 ROW_KEY = "row_key"
 """Column that numbers every object of a dataset: part * 2**20 + row."""
@@ -250,6 +251,7 @@ class SplitStream:
         return reordered(pieces, shuffled(sum(len(piece[ROW_KEY]) for piece in pieces), window))
 
     def _read_by_threads(self, windows: list[Window]) -> Iterator[Columns]:
+        keep_freed_memory()
         ahead: deque[Future[Columns]] = deque()
         most = self.reader_threads
         pool = ThreadPoolExecutor(self.reader_threads, thread_name_prefix="read-windows")
