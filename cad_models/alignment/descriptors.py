@@ -10,6 +10,7 @@ import functools
 import numpy as np
 from jaxtyping import Float, Float32
 
+from cad_models.common.bounds import bounds
 from cad_models.common.meshes import Mesh, mesh_facts, normalized
 from cad_models.common.points import sample_surface
 
@@ -35,7 +36,7 @@ def measures(mesh: Mesh) -> Float32[np.ndarray, " 21"]:
     unit = normalized(mesh)
     facts = mesh_facts(unit)
     sides = np.sort(facts.extents)[::-1]
-    low, high = mesh.vertices.min(axis=0), mesh.vertices.max(axis=0)
+    low, high = bounds(mesh.vertices)
     log_size = np.log(2.0) + np.log((high / 2 - low / 2).max()) - np.log(sides[0])
     points, _ = sample_surface(unit, _NUM_POINTS, 0)
     first, second = _pairs()

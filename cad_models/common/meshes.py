@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int
 
+from cad_models.common.bounds import bounds
 from cad_models.common.mesh_formats import MESH_REASONS, MESH_SUFFIXES, BadMesh, check_num_faces, read_raw
 
 __all__ = [
@@ -142,7 +143,7 @@ def _resolution_warnings(vertices: np.ndarray, half_extent: float) -> list[str]:
 
 def _in_unit_box(vertices: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     """Vertices moved into [-1, 1]^3 about the middle of their bounding box, the middle, and half of the longest side (0: one point)."""
-    low, high = vertices.min(axis=0), vertices.max(axis=0)
+    low, high = bounds(vertices)
     middle = low / 2 + high / 2  # halves first: low + high may overflow
     half_extent = float((high / 2 - low / 2).max())
     if half_extent == 0:
@@ -223,7 +224,8 @@ def mesh_facts(mesh: Mesh) -> MeshFacts:
             volume += float(np.einsum("fi,fi->", a, np.cross(b, c))) / 6
     largest = float(np.finfo(np.float64).max)
     with np.errstate(over="ignore", under="ignore"):
-        extents = np.minimum((unit.max(axis=0) - unit.min(axis=0)) * half_extent, largest)
+        low, high = bounds(unit)
+        extents = np.minimum((high - low) * half_extent, largest)
         return MeshFacts(
             num_vertices=num_vertices,
             num_faces=len(topology),

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 from numba import njit
 
+from cad_models.common.bounds import bounds
 from cad_models.common.meshes import Mesh
 from cad_models.common.point_blocks import cut_into_blocks, farthest_in_blocks
 
@@ -74,7 +75,7 @@ def sample_surface(mesh: Mesh, num_points: int, seed: int) -> tuple[Float32[np.n
     """
     if num_points < 1:
         raise ValueError(f"num_points is {num_points}: at least 1 is needed")
-    low, high = mesh.vertices.min(axis=0), mesh.vertices.max(axis=0)
+    low, high = bounds(mesh.vertices)
     middle = low / 2 + high / 2
     scale = float((high / 2 - low / 2).max())
     unit = (mesh.vertices - middle) / scale  # lengths near 1, so that areas neither overflow nor vanish

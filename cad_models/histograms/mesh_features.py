@@ -13,6 +13,7 @@ badly wound meshes, too.
 import numpy as np
 from jaxtyping import Float, Integer
 
+from cad_models.common.bounds import bounds
 from cad_models.common.meshes import BadMesh
 from cad_models.histograms.shape_histograms import convex_hull, surface_points
 
@@ -50,7 +51,7 @@ def affine_frame(vertices: Float[np.ndarray, "v 3"]) -> Float[np.ndarray, "v 3"]
         BadMesh: ``zero_extent`` where the hull is so flat that the stretch would only enlarge rounding errors.
     """
     # A unit box first: neither huge nor tiny units must overflow.
-    low, high = vertices.min(axis=0), vertices.max(axis=0)
+    low, high = bounds(vertices)
     extent = (high - low).max()
     if not extent > 0:
         raise BadMesh("zero_extent", "all vertices are one point")
