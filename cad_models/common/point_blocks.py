@@ -10,6 +10,7 @@ import numpy as np
 from numba import njit
 
 _BLOCK = 32  # points of a block
+_RUN = 16  # blocks of a run, which is skipped as one
 _FIRST = 4  # blocks that a search for neighbours begins with
 # A gap to a box is compared with a margin far above float32 rounding, so that skipping is never wrong by a last digit.
 _MARGIN = np.float32(0.9999)
@@ -126,33 +127,51 @@ def farthest_in_blocks(columns, index, starts, lows, highs, first, distances, on
         once: never choose a point twice, not even where only twins of chosen points are left.
     """
     num_blocks = len(starts) - 1
-    # A block keeps the largest distance of its points to those chosen. Where the new point is farther from the block's box than that, no
-    # distance in the block can change, and the block is skipped.
+    num_runs = (num_blocks + _RUN - 1) // _RUN
+    run_lows, run_highs = np.empty((3, num_runs), np.float32), np.empty((3, num_runs), np.float32)
+    for run in range(num_runs):
+        for axis in range(3):
+            run_lows[axis, run] = lows[axis, run * _RUN : (run + 1) * _RUN].min()
+            run_highs[axis, run] = highs[axis, run * _RUN : (run + 1) * _RUN].max()
+    # A block, and a run of blocks, keeps the largest distance of its points to those chosen. Where the new point is farther from the box than
+    # that, no distance in it can change, and it is skipped.
     farthest = np.full(num_blocks, np.float32(np.inf))
-    gaps = np.empty(num_blocks, np.float32)
+    run_farthest = np.full(num_runs, np.float32(np.inf))
+    gaps, run_gaps = np.empty(_RUN, np.float32), np.empty(num_runs, np.float32)
     newest = first
     order[0] = index[first]
     if once:
         distances[first] = np.float32(-1.0)
     for rank in range(1, len(order)):
         x, y, z = columns[0, newest], columns[1, newest], columns[2, newest]
-        _gaps(lows, highs, x, y, z, gaps)
+        _gaps(run_lows, run_highs, x, y, z, run_gaps)
         largest = np.float32(-np.inf)
-        for block in range(num_blocks):
-            if gaps[block] <= farthest[block]:
-                farthest[block] = _lower(columns, starts[block], starts[block + 1], x, y, z, distances)
-            largest = max(largest, farthest[block])
+        for run in range(num_runs):
+            if run_gaps[run] <= run_farthest[run]:
+                begin, end = run * _RUN, min(num_blocks, (run + 1) * _RUN)
+                _gaps(lows[:, begin:end], highs[:, begin:end], x, y, z, gaps[: end - begin])
+                of_run = np.float32(-np.inf)
+                for block in range(begin, end):
+                    if gaps[block - begin] <= farthest[block]:
+                        farthest[block] = _lower(columns, starts[block], starts[block + 1], x, y, z, distances)
+                    of_run = max(of_run, farthest[block])
+                run_farthest[run] = of_run
+            largest = max(largest, run_farthest[run])
         newest = -1
-        for block in range(num_blocks):
-            if farthest[block] == largest:
-                for i in range(starts[block], starts[block + 1]):
-                    if distances[i] == largest and (newest < 0 or index[i] < index[newest]):
-                        newest = i
+        for run in range(num_runs):
+            if run_farthest[run] == largest:
+                for block in range(run * _RUN, min(num_blocks, (run + 1) * _RUN)):
+                    if farthest[block] == largest:
+                        for i in range(starts[block], starts[block + 1]):
+                            if distances[i] == largest and (newest < 0 or index[i] < index[newest]):
+                                newest = i
         order[rank] = index[newest]
         if once:
             distances[newest] = np.float32(-1.0)
             # The block is visited next, for its gap is 0, unless it holds nothing that may be chosen.
-            farthest[np.searchsorted(starts, newest, side="right") - 1] = np.float32(np.inf)
+            block = np.searchsorted(starts, newest, side="right") - 1
+            farthest[block] = np.float32(np.inf)
+            run_farthest[block // _RUN] = np.float32(np.inf)
 
 
 @njit(cache=True, nogil=True, fastmath=_NO_NAN)
