@@ -18,6 +18,7 @@ from cad_models.alignment.data import IMAGE_SUFFIXES, cad_points, read_uri
 from cad_models.alignment.view_cache import ViewCache
 from cad_models.common.images import BadImage, decode_image
 from cad_models.common.meshes import MESH_SUFFIXES, BadMesh, load_mesh
+from cad_models.common.points import side_by_side
 from cad_models.dataset import Folder
 from cad_models.task import Answer, Columns, Entry, Input, Reject, Requests, Search
 
@@ -238,8 +239,12 @@ def read_input(item: Input, settings: ReadSettings) -> Columns | Reject:
 
 
 def _read_image(data: bytes, num_rolls: int) -> Columns:
+    started = time.perf_counter()
     image = decode_image(data)
-    return {"image": image, "num_rolls": np.array(num_rolls), "thumbnail": _thumbnail(image)}
+    decoded = time.perf_counter()
+    columns = {"image": image, "num_rolls": np.array(num_rolls), "thumbnail": _thumbnail(image)}
+    stages = {"decode images": decoded - started, "thumbnails": time.perf_counter() - decoded}
+    return columns | {f"seconds/{stage}": np.array(seconds) for stage, seconds in stages.items()}
 
 
 def _read_mesh(data: bytes, item: Input, settings: ReadSettings) -> Columns:
@@ -251,7 +256,8 @@ def _read_mesh(data: bytes, item: Input, settings: ReadSettings) -> Columns:
     sampled = time.perf_counter()
     columns: Columns = {"sha256": np.frombuffer(digest.digest(), dtype=np.uint8)}
     for stored, read in settings.num_points:
-        columns[f"points/{stored}"] = np.concatenate(cad_points(mesh, digest.hexdigest(), stored, num_ordered=read), axis=1)[:read]
+        points, normals = cad_points(mesh, digest.hexdigest(), stored, num_ordered=read)
+        columns[f"points/{stored}"] = side_by_side(points[None, :read], normals[None, :read])[0]
     rendered = time.perf_counter()
     if item.kind == MEASURED_MESH:
         from cad_models.alignment.descriptors import measures

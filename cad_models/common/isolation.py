@@ -9,6 +9,7 @@ import importlib
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from typing import IO
 
 LOST_REASONS: tuple[str, ...] = ("timeout", "out_of_memory", "crashed")
 
+_CHANNEL_BYTES = 2 << 20
 _START_TIMEOUT_S = 120.0  # interpreter and imports on a busy machine
 _CHILD_CODE = "import sys; sys.path[:0] = {path!r}; from cad_models.common.isolation import _serve; _serve({channel}, {lifeline}, {name!r}, {limit})"
 
@@ -136,6 +138,8 @@ class Isolated:
 
     def _start(self) -> None:
         parent_end, child_end = Pipe(duplex=True)
+        for end in (parent_end, child_end):
+            _widen(end)
         lifeline_read, self._lifeline = os.pipe()  # its end in this process closes when this process ends, however that happens
         self._errors = tempfile.TemporaryFile()
         code = _CHILD_CODE.format(
@@ -197,6 +201,12 @@ def _resolve(name: str) -> Callable:
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{name!r} cannot be imported: {error}") from error
     return target
+
+
+def _widen(end: Connection) -> None:
+    """Room for a whole message (the kernel gives what it allows), so that its sender need not wait, part by part, for its receiver's turn on a busy core."""
+    with socket.socket(fileno=os.dup(end.fileno())) as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CHANNEL_BYTES)
 
 
 # --- The child ----------------------------------------------------------------------------------------------------------------------------

@@ -191,6 +191,7 @@ def test_next_trial_first_is_the_base_recipe():
         "loss.temperature": 0.07,
         "optim.lr": 5e-4,
         "optim.head_lr": 2e-3,
+        "data.views_per_step": 8,
         "top_k_share": "all",
     }
 
