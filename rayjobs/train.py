@@ -297,10 +297,12 @@ def _fit_workers(loop: "LoopConfig", plan: WorkerPlan, *, max_failures: int = LO
     from rayjobs.loop import train_loop_per_worker
 
     class Trainer(TorchTrainer):
-        """Without the process that watches for room left over: see `rayjobs.leftovers`."""
+        """Without the process that watches for room left over (see `rayjobs.leftovers`), and without the one that deals out Ray Data sets: a worker makes
+        its own stream (`rayjobs.streams`), which can be resumed at any step. Either takes seconds to start."""
 
         def _create_default_callbacks(self) -> list[Any]:
-            return [callback for callback in super()._create_default_callbacks() if type(callback).__name__ != "PlacementGroupCleanerCallback"]
+            unused = ("PlacementGroupCleanerCallback", "DatasetsCallback")
+            return [callback for callback in super()._create_default_callbacks() if type(callback).__name__ not in unused]
 
     free_leftovers()
     folder = Folder(loop.run_folder)
