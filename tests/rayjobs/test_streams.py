@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -242,10 +244,37 @@ def test_more_points_than_stored_are_refused_naming_both(small):
         list(stream_of(small, recipe=recipe).parts(0, 1))
 
 
+# --- read by threads ---------------------------------------------------------------------------------------------------------------------
+def test_window_that_cannot_be_read_by_a_thread_is_told_and_ends_the_threads(small):
+    stream = replace(stream_of(small), streamed=True, reader_threads=2)
+    Path(small.folder.path("objects/part-00000.parquet")).unlink()
+    with pytest.raises(DatasetError, match="part-00000.parquet is missing"):
+        list(stream.batches(0, 1, 0, 1))
+    _no_reader_is_left()
+
+
+def test_reader_threads_of_an_abandoned_epoch_end(dataset):
+    batches = replace(stream_of(dataset), streamed=True, reader_threads=2).batches(0, 8, 0, 1)
+    next(batches)
+    batches.close()
+    _no_reader_is_left()
+
+
+def _no_reader_is_left():
+    deadline = time.monotonic() + 20
+    while any(thread.name.startswith("read-windows") for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 # --- with Ray, last: what comes before must find none -----------------------------------------------------------------------------------
+READERS = pytest.mark.parametrize("reader_threads", [0, 2], ids=["tasks", "threads"])
+
+
 @pytest.mark.ray
-def test_cached_streamed_and_plain_batches_hold_the_same_objects(dataset, local_ray):
-    streamed = stream_of(dataset).cached(0)
+@READERS
+def test_cached_streamed_and_plain_batches_hold_the_same_objects(dataset, local_ray, reader_threads):
+    streamed = stream_of(dataset).cached(0, reader_threads)
     cached = stream_of(dataset).cached(GENEROUS)
     assert len(cached.blocks) == 18 and not cached.streamed and streamed.blocks == []
     plain = {}
@@ -280,8 +309,18 @@ def test_cached_batches_are_those_of_a_process_without_ray(dataset, local_ray):
 
 
 @pytest.mark.ray
-def test_streamed_batches_are_the_same_for_every_number_of_workers(dataset, local_ray):
-    stream = stream_of(dataset).cached(0)
+def test_threads_and_tasks_read_the_same_batches(dataset, local_ray):
+    by_threads = stream_of(dataset).cached(0)
+    by_tasks = stream_of(dataset).cached(0, 0)
+    assert (by_threads.reader_threads, by_tasks.reader_threads) == (2, 0)  # this Ray is one machine
+    for ours, theirs in zip(by_threads.batches(2, 16, 1, 2), by_tasks.batches(2, 16, 1, 2), strict=True):
+        assert_same_columns(ours, theirs)
+
+
+@pytest.mark.ray
+@READERS
+def test_streamed_batches_are_the_same_for_every_number_of_workers(dataset, local_ray, reader_threads):
+    stream = stream_of(dataset).cached(0, reader_threads)
     one = list(stream.batches(0, 16, 0, 1))
     four = [list(stream.batches(0, 16, rank, 4)) for rank in range(4)]
     assert len(one) == stream.num_steps(0, 16, 1)
@@ -292,9 +331,10 @@ def test_streamed_batches_are_the_same_for_every_number_of_workers(dataset, loca
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("first_step", [1, 2, 3, 4])
-def test_streamed_batches_resumed_are_the_uninterrupted_ones(dataset, local_ray, first_step):
-    stream = stream_of(dataset).cached(0)
+@READERS
+@pytest.mark.parametrize("first_step", [1, 4])
+def test_streamed_batches_resumed_are_the_uninterrupted_ones(dataset, local_ray, first_step, reader_threads):
+    stream = stream_of(dataset).cached(0, reader_threads)
     whole = list(stream.batches(3, 8, 1, 2))
     resumed = list(stream.batches(3, 8, 1, 2, first_step=first_step))
     assert len(resumed) == len(whole) - first_step > 0
