@@ -182,6 +182,12 @@ class FakeRoom:
         monkeypatch.setattr(elastic, "_room", lambda *args: next(self.starts))
 
 
+def test_negative_number_of_reader_threads_is_refused_in_the_flags_words():
+    with pytest.raises(ValueError, match=r"--scale.reader-threads -1 must be at least 0 \(0 = tasks of Ray Data\)"):
+        TrainScaleConfig(reader_threads=-1)
+    assert [TrainScaleConfig(reader_threads=number).reader_threads for number in (None, 0, 2)] == [None, 0, 2]
+
+
 PLAN = WorkerPlan(num_workers=2, cpus_per_worker=1.0, use_gpu=False, threads_per_worker=1, min_workers=1, asked_workers=2, resize_s=1e6)
 
 
