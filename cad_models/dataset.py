@@ -111,6 +111,8 @@ def to_numpy(table: pa.Table, name: str) -> np.ndarray | list[np.ndarray]:
 
 def _one_array(chunk: pa.Array, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray | None:
     """Cells of one shape, which lie one behind the other, as one view; None where they differ."""
+    if chunk.type != pa.binary():  # a writer of another kind: its offsets have another width
+        return None
     ends = np.frombuffer(chunk.buffers()[1], dtype=np.int32, count=len(chunk) + 1, offset=4 * chunk.offset)
     sizes = np.diff(ends)
     if sizes[0] == 0 or (sizes != sizes[0]).any():

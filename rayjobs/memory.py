@@ -37,8 +37,8 @@ def release_freed_memory() -> None:
 def keep_freed_memory() -> bool:
     """Let this process use again what it frees: arrays up to 32 MB, and up to 128 MB in all, before any of it goes back to the system.
 
-    Without it each array of a batch is new pages, which the system clears before it hands them out: with batches of megabytes, half of the
-    time of a copy. Threads share two heaps, as workers are told to by MALLOC_ARENA_MAX. Once is enough; False where the C library has no such settings
+    Without it each array of a batch is new pages, which the system clears before it hands them out: with batches of megabytes a good part
+    of the time of a copy. Threads share two heaps, as workers are told to by MALLOC_ARENA_MAX. Once is enough; False where the C library has no such settings
     (musl, macOS).
     """
     try:

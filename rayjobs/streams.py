@@ -169,15 +169,16 @@ class SplitStream:
         parts = [p for p, rows in enumerate(self.part_rows) if rows]
         if not parts:
             return self
+        if reader_threads is None:
+            reader_threads = _READER_THREADS if len(cluster_capacity().most) == 1 else 0
         first = read_examples(self.dataset, self.recipe, self.split, parts[0])
         row_bytes = sum(_num_bytes(column) for column in first.values()) / max(1, len(first[ROW_KEY]))
         if row_bytes * self.num_rows > budget_bytes:
-            if reader_threads is None:
-                reader_threads = _READER_THREADS if len(cluster_capacity().most) == 1 else 0
             return replace(self, streamed=True, reader_threads=reader_threads)
         # Threads: reading is Arrow's work, outside Python's lock. Processes would take longer to start than such a split takes to read.
         with ThreadPoolExecutor(_READ_THREADS) as pool:
-            return replace(self, blocks=list(pool.map(lambda p: ray.put(read_examples(self.dataset, self.recipe, self.split, p)), parts)))
+            # Kept as well: a trial that reads more than this recipe may have to stream.
+            return replace(self, reader_threads=reader_threads, blocks=list(pool.map(lambda p: ray.put(read_examples(self.dataset, self.recipe, self.split, p)), parts)))
 
     def num_steps(self, epoch: int, batch_size: int, world_size: int) -> int:
         """Optimiser steps of an epoch; the same on every worker."""
@@ -253,17 +254,21 @@ class SplitStream:
     def _read_by_threads(self, windows: list[Window]) -> Iterator[Columns]:
         keep_freed_memory()
         ahead: deque[Future[Columns]] = deque()
-        most = self.reader_threads
+        rows_ahead, most_rows = 0, 0  # how many fit is known when the first window is there
         pool = ThreadPoolExecutor(self.reader_threads, thread_name_prefix="read-windows")
         try:
             for window in windows:
+                num_rows = sum(self.part_rows[p] for p in window.parts)
+                while len(ahead) >= self.reader_threads and rows_ahead + num_rows > most_rows:
+                    columns = ahead.popleft().result()
+                    num_read = len(columns[ROW_KEY])
+                    rows_ahead -= num_read
+                    # By rows: windows differ in size, and a small one must not let a hundred large ones in.
+                    most_rows = _READ_AHEAD_BYTES * num_read // max(1, sum(map(_num_bytes, columns.values())))
+                    yield columns
+                    del columns  # its consumer keeps what it needs of it
                 ahead.append(pool.submit(self._window, window))
-                if len(ahead) <= most:
-                    continue
-                columns = ahead.popleft().result()
-                most = max(most, _READ_AHEAD_BYTES // max(1, sum(map(_num_bytes, columns.values()))))
-                yield columns
-                del columns  # its consumer keeps what it needs of it
+                rows_ahead += num_rows
             while ahead:
                 yield ahead.popleft().result()
         finally:  # also where nobody asks for the rest

@@ -168,7 +168,7 @@ def trial_loop(base: LoopConfig, recipe: Recipe, run_folder: str, *, cache_bytes
     else:
         streams = {split: SplitStream(dataset=dataset, recipe=recipe, split=split) for split in streams}
         if base.train.blocks or base.train.streamed:
-            streams = {split: stream.cached(cache_bytes, base.train.reader_threads if base.train.streamed else None) for split, stream in streams.items()}
+            streams = {split: stream.cached(cache_bytes, base.train.reader_threads) for split, stream in streams.items()}
     return replace(
         base, recipe=recipe, signature=task.signature(recipe, dataset.signature_inputs), run_folder=Folder(run_folder).uri, **streams
     )

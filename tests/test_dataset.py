@@ -94,6 +94,20 @@ def test_tensor_column_slice_and_take_give_their_rows():
     assert to_numpy(table.slice(0, 0), "x").shape == (0, 2)
 
 
+def test_ragged_column_of_equal_cells_is_one_array_and_of_another_offset_width_a_list():
+    values = [RNG.normal(size=(5, 3)).astype(np.float16) for _ in range(6)]
+    field = tensor_field("x", "float16", (-1, 3))
+    table = build_table(pa.schema([field]), [{"x": v} for v in values])
+    for part, rows in ((table, range(6)), (table.slice(2, 3), (2, 3, 4)), (pa.concat_tables([table.slice(4), table.slice(0, 1)]), (4, 5, 0))):
+        found = to_numpy(part, "x")
+        assert isinstance(found, np.ndarray)
+        np.testing.assert_array_equal(found, [values[row] for row in rows])
+    wide = table.cast(pa.schema([pa.field("x", pa.large_binary(), nullable=False, metadata=field.metadata)]))
+    found = to_numpy(wide, "x")
+    assert isinstance(found, list)
+    np.testing.assert_array_equal(found, values)
+
+
 def test_tensor_column_ragged_gives_each_row_its_length(dataset):
     values = [RNG.normal(size=(n, 3)).astype(np.float16) for n in (24, 0, 26)]
     schema = pa.schema([tensor_field("embeddings", "float16", (-1, 3))])

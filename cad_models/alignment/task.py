@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 def search_space(trial: Any) -> dict[str, Any]:
     """What ``tune.py`` searches: experts and how they answer, temperature, learning rates, width, views a step, the loss between images.
 
-    Ranges reach about four times to either side of what has done well: of wider ones nearly all trials were stopped at their first rung.
+    Ranges reach two to four times to either side of the default recipe.
 
     Args:
         trial: An ``optuna.Trial``.

@@ -1,4 +1,4 @@
-"""The bounding box of points, in one pass of compiled code: numpy's minimum along the long axis of an array of triples takes fifty times as long."""
+"""The bounding box of points, in one pass of compiled code: numpy's minimum along the long axis of an array of triples takes many times as long."""
 
 from typing import no_type_check
 
@@ -8,9 +8,9 @@ from numba import njit
 
 
 def bounds(points: Float[np.ndarray, "n 3"]) -> tuple[Float[np.ndarray, "3"], Float[np.ndarray, "3"]]:
-    """Lowest and highest coordinates, in the points' dtype; NaN where a coordinate is NaN. Raises ValueError without points."""
-    if len(points) == 0:
-        raise ValueError("no points: they have no bounding box")
+    """Lowest and highest coordinates, in the points' dtype; NaN where a coordinate is NaN. Raises ValueError without points, or where they are no triples."""
+    if points.ndim != 2 or points.shape[1] != 3 or len(points) == 0:  # compiled code does not check bounds
+        raise ValueError(f"an array of shape {points.shape} has no bounding box in space: [n, 3] with at least one point is needed")
     return _bounds(points)
 
 

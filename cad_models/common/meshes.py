@@ -161,7 +161,7 @@ def _cross_products(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
 
 
 def _lengths(vectors: np.ndarray) -> np.ndarray:
-    """`numpy.linalg.norm` of rows of three, the same bits in a quarter of the time."""
+    """`numpy.linalg.norm` of rows of three, the same bits without its slow sums along the short axis."""
     return np.sqrt(vectors[:, 0] ** 2 + vectors[:, 1] ** 2 + vectors[:, 2] ** 2)
 
 
@@ -184,7 +184,7 @@ def _area_and_centroid(vertices: np.ndarray, faces: np.ndarray) -> tuple[float, 
     for start in range(0, len(faces), _CHUNK):
         chunk = faces[start : start + _CHUNK]
         a, b, c = (vertices[chunk[:, corner]] for corner in range(3))
-        areas = _lengths(np.cross(b - a, c - a)) / 2
+        areas = _lengths(np.cross(b - a, c - a)) / 2  # corners are needed below too
         centres = (a + b + c) / 3
         area += float(areas.sum())
         moment += areas @ centres
@@ -282,7 +282,7 @@ def geometry_signature(mesh: Mesh) -> Float[np.ndarray, " k"]:
     second_moment, area = 0.0, 0.0
     for start in range(0, len(faces), _CHUNK):
         chunk = faces[start : start + _CHUNK]
-        areas = np.linalg.norm(_cross_products(unit, chunk), axis=1)
+        areas = _lengths(_cross_products(unit, chunk))
         centres = unit[chunk].mean(axis=1) - centroid
         second_moment += float(areas @ np.einsum("fi,fi->f", centres, centres))
         area += float(areas.sum())
@@ -292,7 +292,7 @@ def geometry_signature(mesh: Mesh) -> Float[np.ndarray, " k"]:
     sums = np.zeros((2, _NUM_HARMONICS, directions.shape[1]), np.complex128)
     for start in range(0, len(faces), _CHUNK):
         chunk = faces[start : start + _CHUNK]
-        weights = np.stack([np.full(len(chunk), 1 / len(faces)), np.linalg.norm(_cross_products(unit, chunk), axis=1) / area])
+        weights = np.stack([np.full(len(chunk), 1 / len(faces)), _lengths(_cross_products(unit, chunk)) / area])
         centres = (unit[chunk].mean(axis=1) - centroid) / radius
         phase = _BASE_FREQUENCY * (centres @ directions)
         wave = np.cos(phase) + 1j * np.sin(phase)

@@ -119,7 +119,14 @@ def fps_order(points: Float32[np.ndarray, "n 3"], num_ordered: int | None = None
 
 
 def side_by_side(points: Float32[np.ndarray, "clouds n 3"], normals: Float32[np.ndarray, "clouds n 3"]) -> Float32[np.ndarray, "clouds n 6"]:
-    """Coordinates and normals of each point beside each other: `numpy.concatenate` along the last axis, whose runs of three floats it copies slowly."""
+    """Coordinates and normals of each point beside each other: `numpy.concatenate` along the last axis, whose runs of three floats it copies slowly.
+
+    Raises:
+        ValueError: the shapes differ, or are no rows of three.
+    """
+    if points.shape != normals.shape or points.shape[-1] != 3:
+        # Compiled code does not check bounds.
+        raise ValueError(f"points of shape {points.shape} and normals of shape {normals.shape}: both must be [clouds, n, 3]; prepare the dataset again")
     joined = np.empty((*points.shape[:2], 6), dtype=np.float32)
     _interleave(points, normals, joined)
     return joined

@@ -1,9 +1,11 @@
+import inspect
+
 import numpy as np
 import pytest
 from scipy.stats import chi2
 
 from cad_models.common.meshes import Mesh
-from cad_models.common.points import fps_order, sample_surface, seed_of
+from cad_models.common.points import fps_order, sample_surface, seed_of, side_by_side
 
 
 def naive_fps(points, num_ordered):
@@ -161,3 +163,15 @@ def test_seed_of_is_stable_and_depends_on_both():
     assert len({seed_of(name, seed) for name in ("a", "b", "деталь") for seed in range(100)}) == 300
     assert all(0 <= seed_of("a", seed) < 1 << 63 for seed in range(100))
     assert seed_of("part/a.stl", 0) == 2695420528711231369
+
+
+def test_side_by_side_is_numpys_concatenation():
+    rng = np.random.default_rng(3)
+    points, normals = (rng.normal(size=(3, 50, 3)).astype(np.float32) for _ in range(2))
+    for a, b in ((points, normals), (points[:, :7], normals[:, :7]), (points[:0], normals[:0])):
+        np.testing.assert_array_equal(side_by_side(a, b), np.concatenate([a, b], axis=2))
+
+
+def test_side_by_side_of_unequal_clouds_is_refused():
+    with pytest.raises(ValueError, match="prepare the dataset again"):
+        inspect.unwrap(side_by_side)(np.zeros((2, 8, 3), np.float32), np.zeros((2, 4, 3), np.float32))

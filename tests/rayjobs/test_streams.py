@@ -6,6 +6,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from cad_models.alignment.recipe import SMOKE
 from cad_models.common.encoders import encoder_folder
 from cad_models.config import replace_all, replace_at
 from cad_models.dataset import DatasetError
+from cad_models.order import Window
 from cad_models.task import LABEL_INDEX
 from cad_models.tasks import TASKS
 from rayjobs.streams import ROW_KEY, SplitStream, concatenated, open_dataset, read_examples, reordered
@@ -251,6 +253,27 @@ def test_window_that_cannot_be_read_by_a_thread_is_told_and_ends_the_threads(sma
     with pytest.raises(DatasetError, match="part-00000.parquet is missing"):
         list(stream.batches(0, 1, 0, 1))
     _no_reader_is_left()
+
+
+def test_threads_read_no_further_ahead_than_a_bound_whatever_the_first_window_holds(tmp_path, monkeypatch):
+    """One object in the first window and eight in each of the others, of which the bound lets in two and a half."""
+    stream = replace(stream_of(make_dataset(str(tmp_path / "ds"), 20, recipe=RECIPE, objects_per_part=4)), streamed=True, reader_threads=1)
+    rows = [1, *[8] * 20]
+    stream.__dict__["dataset"] = SimpleNamespace(manifest=SimpleNamespace(parts=[{"splits": {"train": n}} for n in rows]))
+    begun = []
+
+    def window(self, window):
+        begun.append(window.parts[0])
+        return {ROW_KEY: np.zeros(rows[window.parts[0]], np.int64)}
+
+    monkeypatch.setattr(SplitStream, "_window", window)
+    monkeypatch.setattr("rayjobs.streams._READ_AHEAD_BYTES", 20 * 8)
+    windows = [Window(0, (part,), 0, (0,)) for part in range(len(rows))]
+    for taken, columns in enumerate(stream._read_by_threads(windows), start=1):
+        assert len(columns[ROW_KEY]) == rows[taken - 1]
+        time.sleep(0.02)
+        assert len(begun) <= taken + 2
+    assert begun == list(range(len(rows)))
 
 
 def test_reader_threads_of_an_abandoned_epoch_end(dataset):
