@@ -8,7 +8,7 @@ the cluster, or on a single machine by threads of the worker, so that memory doe
 
 import logging
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -38,6 +38,8 @@ _READER_THREADS = 2
 _READ_TASKS = 2
 # What they have read and nobody has taken yet. Without a bound Ray Data reads ahead until its share of the object store is full.
 _READ_AHEAD_BYTES = 64 * 10**6
+
+_Row = tuple[Columns, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,8 +174,7 @@ class SplitStream:
         if reader_threads is None:
             reader_threads = _READER_THREADS if len(cluster_capacity().most) == 1 else 0
         first = read_examples(self.dataset, self.recipe, self.split, parts[0])
-        row_bytes = sum(_num_bytes(column) for column in first.values()) / max(1, len(first[ROW_KEY]))
-        if row_bytes * self.num_rows > budget_bytes:
+        if _row_bytes(first) * self.num_rows > budget_bytes:
             return replace(self, streamed=True, reader_threads=reader_threads)
         # Threads: reading is Arrow's work, outside Python's lock. Processes would take longer to start than such a split takes to read.
         with ThreadPoolExecutor(_READ_THREADS) as pool:
@@ -232,41 +233,42 @@ class SplitStream:
         windows.sort(key=lambda w: (w.start, w.shard))
         if not windows:
             return
-        buffers: dict[int, _Buffer] = defaultdict(_Buffer)
+        # Read and not yet used up. A row holds on to what was read with it.
+        buffers: dict[int, deque[_Row]] = defaultdict(deque)
         position: dict[int, int] = defaultdict(lambda: first_row)
         read = self._read_by_threads if self.reader_threads else self._read_by_tasks
         queue = zip(windows, read(windows), strict=True)
         for _ in range(first_step, num_steps):
-            shares: list[Columns] = []
+            rows: list[_Row] = []
             for shard in mine:
                 while len(buffers[shard]) < share:
-                    window, columns = next(queue)
+                    window, read_rows = next(queue)
                     skipped = max(0, position[window.shard] - window.start)  # resumed within this window
                     position[window.shard] = window.start + sum(self.part_rows[p] for p in window.parts)
-                    buffers[window.shard].put(columns, skipped)
-                shares += buffers[shard].take(share)
-            yield concatenated(shares)
+                    buffers[window.shard].extend(read_rows[skipped:])
+                rows += [buffers[shard].popleft() for _ in range(share)]
+            yield gathered(rows)
 
-    def _window(self, window: Window) -> Columns:
+    def _window(self, window: Window) -> list[_Row]:
         pieces = [read_examples(self.dataset, self.recipe, self.split, p) for p in window.parts]
-        return reordered(pieces, shuffled(sum(len(piece[ROW_KEY]) for piece in pieces), window))
+        rows = [(piece, i) for piece in pieces for i in range(len(piece[ROW_KEY]))]
+        return [rows[i] for i in shuffled(len(rows), window)]
 
-    def _read_by_threads(self, windows: list[Window]) -> Iterator[Columns]:
+    def _read_by_threads(self, windows: list[Window]) -> Iterator[list[_Row]]:
         keep_freed_memory()
-        ahead: deque[Future[Columns]] = deque()
+        ahead: deque[Future[list[_Row]]] = deque()
         rows_ahead, most_rows = 0, 0  # how many fit is known when the first window is there
         pool = ThreadPoolExecutor(self.reader_threads, thread_name_prefix="read-windows")
         try:
             for window in windows:
                 num_rows = sum(self.part_rows[p] for p in window.parts)
                 while len(ahead) >= self.reader_threads and rows_ahead + num_rows > most_rows:
-                    columns = ahead.popleft().result()
-                    num_read = len(columns[ROW_KEY])
-                    rows_ahead -= num_read
+                    rows = ahead.popleft().result()
+                    rows_ahead -= len(rows)
                     # By rows: windows differ in size, and a small one must not let a hundred large ones in.
-                    most_rows = _READ_AHEAD_BYTES * num_read // max(1, sum(map(_num_bytes, columns.values())))
-                    yield columns
-                    del columns  # its consumer keeps what it needs of it
+                    most_rows = int(_READ_AHEAD_BYTES / max(1, _row_bytes(rows[0][0])))
+                    yield rows
+                    del rows  # its consumer keeps what it needs of it
                 ahead.append(pool.submit(self._window, window))
                 rows_ahead += num_rows
             while ahead:
@@ -274,17 +276,17 @@ class SplitStream:
         finally:  # also where nobody asks for the rest
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _read_by_tasks(self, windows: list[Window]) -> Iterator[Columns]:
+    def _read_by_tasks(self, windows: list[Window]) -> Iterator[list[_Row]]:
         stream = replace(self, blocks=[])
 
         def load(batch: dict[str, np.ndarray]) -> Columns:
-            return stream._window(windows[int(batch["window"][0])])
+            return gathered(stream._window(windows[int(batch["window"][0])]))
 
         pipeline = _ordered([{"window": i} for i in range(len(windows))]).map_batches(
             load, batch_size=1, num_cpus=0.25, concurrency=_READ_TASKS
         )
         for batch in pipeline.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2):
-            yield dict(batch)
+            yield [(batch, i) for i in range(len(batch[ROW_KEY]))]
 
 
 def _ordered(items: list[dict[str, Any]]) -> "ray.data.Dataset":
@@ -302,47 +304,20 @@ def _block(reference: Any) -> Columns:
     return dict(ray.get(reference))
 
 
-class _Buffer:
-    """Windows of a shard that were read and not yet used up; what is taken are views of them."""
-
-    def __init__(self) -> None:
-        self._windows: deque[tuple[Columns, int]] = deque()
-        self._num_rows = 0
-
-    def __len__(self) -> int:
-        return self._num_rows
-
-    def put(self, columns: Columns, skipped: int) -> None:
-        self._windows.append((columns, skipped))
-        self._num_rows += len(columns[ROW_KEY]) - skipped
-
-    def take(self, num_rows: int) -> list[Columns]:
-        taken = []
-        while num_rows:
-            columns, start = self._windows.popleft()
-            stop = min(start + num_rows, len(columns[ROW_KEY]))
-            taken.append({name: column[start:stop] for name, column in columns.items()})
-            if stop < len(columns[ROW_KEY]):
-                self._windows.appendleft((columns, stop))
-            num_rows -= stop - start
-            self._num_rows -= stop - start
-        return taken
-
-
-def reordered(pieces: list[Columns], order: np.ndarray) -> Columns:
-    """`concatenated`, and of that the rows ``order``, a permutation: in one copy."""
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
+def gathered(rows: Sequence[_Row]) -> Columns:
+    """Rows of columns, each named by the columns it lies in and its index there, as columns of their own: the one copy between what was read and
+    a batch. Where later axes differ (the number of views), rows are padded with zeros at the end, as `concatenated` does."""
     result: Columns = {}
-    for name, first in pieces[0].items():
-        arrays = [piece[name] for piece in pieces]
-        if any(array.shape[1:] != first.shape[1:] or array.dtype != first.dtype for array in arrays):
-            result[name] = concatenated([{name: array} for array in arrays])[name][order]
+    for name in rows[0][0]:
+        cells = [columns[name][i] for columns, i in rows]
+        alike = {(array.shape[1:], array.dtype) for array in {id(columns): columns[name] for columns, _ in rows}.values()}
+        if len(alike) > 1:
+            result[name] = concatenated([{name: cell[None]} for cell in cells])[name]
             continue
-        result[name], start = np.empty((len(order), *first.shape[1:]), dtype=first.dtype), 0
-        for array in arrays:
-            result[name][place[start : start + len(array)]] = array
-            start += len(array)
+        shape, dtype = alike.pop()
+        result[name] = np.empty((len(cells), *shape), dtype=dtype)
+        for place, cell in enumerate(cells):
+            result[name][place] = cell
     return result
 
 
@@ -359,6 +334,10 @@ def concatenated(pieces: list[Columns]) -> Columns:
             arrays = [padded(a, target) for a in arrays]
         result[name] = np.concatenate(arrays)
     return result
+
+
+def _row_bytes(columns: Columns) -> float:
+    return sum(map(_num_bytes, columns.values())) / max(1, len(columns[ROW_KEY]))
 
 
 def _num_bytes(column: np.ndarray) -> int:

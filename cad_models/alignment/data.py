@@ -324,8 +324,8 @@ def group_number(group_id: str) -> int:
 
 
 def examples(tables: dict[str, pa.Table], recipe: AlignmentRecipe) -> Columns:
-    """Co-partitioned tables -> ``points`` float32 [n, points, channels], ``views`` float16 [n, most views, width] (zeros where an object has
-    fewer), ``num_views`` int64 [n], the same for ``query_views``, ``group`` and ``label`` int64 [n], ``object_id`` [n].
+    """Co-partitioned tables -> ``points`` and, where the model has them, ``normals`` float32 [n, points, 3], ``views`` float16 [n, most views, width]
+    (zeros where an object has fewer), ``num_views`` int64 [n], the same for ``query_views``, ``group`` and ``label`` int64 [n], ``object_id`` [n].
 
     With ``data.query_conditions`` also ``query_views_<condition>``, as ``query_views``; with ``data.augmented_share`` also ``augmented_views`` float16
     [n, most views, versions, width]."""
@@ -337,11 +337,10 @@ def examples(tables: dict[str, pa.Table], recipe: AlignmentRecipe) -> Columns:
             f"--model.num-points {num_points} is more than the dataset's {stored.shape[1]} points: prepare with --data.num-points {num_points} or more, or "
             f"read fewer: --model.num-points {stored.shape[1]}"
         )
-    points = stored[:, :num_points]
-    if "normals" in recipe.model.channels:
-        points = side_by_side(points, to_numpy(objects, "normals")[:, :num_points])
-    columns: Columns = {
-        "points": np.ascontiguousarray(points),
+    # Each as it is stored, without a copy: `collate` copies a batch anyway and puts them beside each other then.
+    named = ["points", "normals"] if "normals" in recipe.model.channels else ["points"]
+    columns: Columns = {name: np.ascontiguousarray(to_numpy(objects, name)[:, :num_points]) for name in named}
+    columns |= {
         "group": np.array([group_number(g) for g in objects.column("group_id").to_pylist()], dtype=np.int64),
         "label": np.array([category_number(label or "") for label in objects.column("label").to_pylist()], dtype=np.int64),
         "object_id": np.array(objects.column("object_id").to_pylist(), dtype=object),
@@ -371,19 +370,21 @@ def _padded(embeddings: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def collate(columns: Columns, recipe: AlignmentRecipe, *, rngs: Sequence[np.random.Generator] | None) -> "dict[str, torch.Tensor]":
-    """Arrays of a batch -> tensors ``points``, ``group``, ``views``, ``view_mask``; in evaluation also ``query_views`` (in all conditions),
-    ``query_mask`` and ``label``."""
+    """Arrays of a batch -> tensors ``points`` [n, points, channels], ``group``, ``views``, ``view_mask``; in evaluation also ``query_views`` (in all
+    conditions), ``query_mask`` and ``label``."""
     import torch
 
-    points, views, count = columns["points"], columns["views"], columns["num_views"]
+    points = side_by_side(columns["points"], columns["normals"]) if "normals" in columns else np.array(columns["points"], dtype=np.float32)
+    views, count = columns["views"], columns["num_views"]
     if rngs is not None:
-        points = np.stack([_augmented(cloud, recipe.data.augment, rng) for cloud, rng in zip(points, rngs, strict=True)])
+        for cloud, rng in zip(points, rngs, strict=True):
+            cloud[:] = _augmented(cloud, recipe.data.augment, rng)
         if recipe.data.augmented_share > 0:
             views = _draw_versions(views, columns["augmented_views"], recipe.data.augmented_share, rngs)
         if 0 < recipe.data.views_per_step < views.shape[1]:
             views, count = _draw_views(views, count, recipe.data.views_per_step, rngs)
     batch = {
-        "points": torch.from_numpy(np.array(points, dtype=np.float32)),
+        "points": torch.from_numpy(points),
         "group": torch.from_numpy(np.array(columns["group"])),
         "views": torch.from_numpy(views.astype(np.float32)),
         "view_mask": torch.from_numpy(np.arange(views.shape[1])[None, :] < count[:, None]),

@@ -330,5 +330,8 @@ def test_examples_without_normals_have_three_channels(tmp_path):
 
     folder = make_dataset(str(tmp_path / "ds"), 5, recipe=RECIPE)
     tables = {"objects": folder.read_part("objects", 0), "embeddings": folder.read_part("embeddings/hog", 0)}
-    assert examples(tables, replace_all(RECIPE, {"model.channels": "xyz"}))["points"].shape[1:] == (32, 3)
-    assert examples(tables, RECIPE)["points"].shape[1:] == (32, 6)
+    with_normals, without = examples(tables, RECIPE), examples(tables, replace_all(RECIPE, {"model.channels": "xyz"}))
+    assert with_normals["points"].shape[1:] == with_normals["normals"].shape[1:] == (32, 3) and "normals" not in without
+    np.testing.assert_array_equal(collate(without, RECIPE, rngs=None)["points"].numpy(), with_normals["points"])
+    joined = np.concatenate([with_normals["points"], with_normals["normals"]], axis=2)
+    np.testing.assert_array_equal(collate(with_normals, RECIPE, rngs=None)["points"].numpy(), joined)

@@ -18,7 +18,7 @@ from cad_models.dataset import DatasetError
 from cad_models.order import Window
 from cad_models.task import LABEL_INDEX
 from cad_models.tasks import TASKS
-from rayjobs.streams import ROW_KEY, SplitStream, concatenated, open_dataset, read_examples, reordered
+from rayjobs.streams import ROW_KEY, SplitStream, concatenated, gathered, open_dataset, read_examples
 from tests.synthetic import WIDTH, make_dataset
 
 TASK = TASKS["alignment"]
@@ -91,7 +91,8 @@ def test_examples_are_what_the_part_files_hold(dataset):
     objects, embeddings = dataset.read_part("objects", index), dataset.read_part("embeddings/hog", index)
     assert columns["object_id"].tolist() == objects.column("object_id").to_pylist()
     assert columns["num_views"].tolist() == embeddings.column("num_views").to_pylist()
-    assert columns["points"].shape == (4, 8, 6) and columns["points"].dtype == np.float32
+    for name in ("points", "normals"):
+        assert columns[name].shape == (4, 8, 3) and columns[name].dtype == np.float32
     assert columns["views"].shape == (4, max(columns["num_views"]), WIDTH) and columns["views"].dtype == np.float16
     for view, count in zip(columns["views"], columns["num_views"], strict=True):
         assert view[:count].any(axis=1).all() and not view[count:].any()
@@ -152,18 +153,20 @@ def rewrite(dataset, name, change):
     path.write_text(json.dumps(value))
 
 
-def test_reordered_is_the_concatenation_in_another_order():
+def test_gathered_rows_are_those_of_the_concatenation():
     rng = np.random.default_rng(0)
     pieces = [
         {"points": rng.standard_normal((n, 4, 3)), "views": rng.standard_normal((n, v, 2)).astype(np.float16), "names": np.array(list("abcdefg"[:n]), object)}
         for n, v in ((3, 2), (0, 2), (7, 2))
     ]
-    order = rng.permutation(10)
+    order = rng.permutation(10)[:8]
     for chosen in (pieces, [*pieces[:2], {**pieces[2], "views": rng.standard_normal((7, 5, 2)).astype(np.float16)}]):
-        found, expected = reordered(chosen, order), concatenated(chosen)
+        rows = [(piece, i) for piece in chosen for i in range(len(piece["names"]))]
+        found, expected = gathered([rows[i] for i in order]), concatenated(chosen)
         for name, column in expected.items():
             assert found[name].dtype == column.dtype
             np.testing.assert_array_equal(found[name], column[order])
+        assert not any(np.shares_memory(found[name], piece[name]) for name in ("points", "views") for piece in chosen)
 
 
 def test_missing_dataset_is_refused_with_the_command_that_makes_it(tmp_path):
@@ -264,13 +267,14 @@ def test_threads_read_no_further_ahead_than_a_bound_whatever_the_first_window_ho
 
     def window(self, window):
         begun.append(window.parts[0])
-        return {ROW_KEY: np.zeros(rows[window.parts[0]], np.int64)}
+        columns = {ROW_KEY: np.zeros(rows[window.parts[0]], np.int64)}
+        return [(columns, i) for i in range(len(columns[ROW_KEY]))]
 
     monkeypatch.setattr(SplitStream, "_window", window)
     monkeypatch.setattr("rayjobs.streams._READ_AHEAD_BYTES", 20 * 8)
     windows = [Window(0, (part,), 0, (0,)) for part in range(len(rows))]
-    for taken, columns in enumerate(stream._read_by_threads(windows), start=1):
-        assert len(columns[ROW_KEY]) == rows[taken - 1]
+    for taken, read_rows in enumerate(stream._read_by_threads(windows), start=1):
+        assert len(read_rows) == rows[taken - 1]
         time.sleep(0.02)
         assert len(begun) <= taken + 2
     assert begun == list(range(len(rows)))
