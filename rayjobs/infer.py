@@ -178,8 +178,10 @@ class InferWorker:
         import ray
         import torch
 
+        from cad_models.common.memory import keep_freed_memory
         from cad_models.ensemble import InputProcessor, load_ensemble, unpack
 
+        keep_freed_memory()
         if device == "cpu":
             # A process a core; and sums over several threads would depend on their number.
             torch.set_num_threads(1)

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from cad_models.checkpoint import load_member, read_weights, start_from, write_member
 from cad_models.common.ema import ExponentialMovingAverage
+from cad_models.common.memory import keep_freed_memory, release_freed_memory
 from cad_models.common.schedule import lr_factor
 from cad_models.config import Recipe, differences, from_dict, to_dict
 from cad_models.dataset import Folder
@@ -43,7 +44,6 @@ from rayjobs.batching import fitting_batch_size, prefetched, regrouped
 from rayjobs.gradients import autocast_for, cached_backward, checked_micro_batch_size, same_everywhere, seed_of_step
 from rayjobs.history import CSV_NAME, PNG_NAME, history_csv, history_png
 from rayjobs.loop_state import LoopState
-from rayjobs.memory import keep_freed_memory, release_freed_memory
 from rayjobs.predictions import final_figures, fitted_alone, predict_split, rank, split_metrics, world_size
 from rayjobs.streams import ROW_KEY, SplitStream
 from rayjobs.system_metrics import system_metrics

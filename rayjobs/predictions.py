@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from cad_models.common.memory import RegularRelease, release_freed_memory
 from cad_models.config import Recipe
 from cad_models.task import Columns, Predictions, Task
 from rayjobs.columns_on_disk import GrowingColumns
-from rayjobs.memory import RegularRelease, release_freed_memory
 from rayjobs.streams import ROW_KEY, SplitStream
 
 _EVAL_BATCH = 64

@@ -19,6 +19,7 @@ import ray
 import ray.data
 
 from cad_models.common.encoders import encoder_folder
+from cad_models.common.memory import keep_freed_memory
 from cad_models.config import Recipe
 from cad_models.dataset import DatasetError, DatasetFolder, EmbeddingsManifest, Manifest
 from cad_models.order import StreamOrder, WholeOrder, Window, num_shards, shuffled
@@ -26,7 +27,6 @@ from cad_models.task import LABEL_INDEX, Columns, Task
 from cad_models.tasks import TASKS
 from rayjobs.capacity import cluster_capacity
 from rayjobs.columns_on_disk import padded
-from rayjobs.memory import keep_freed_memory
 
 ROW_KEY = "row_key"
 """Column that numbers every object of a dataset: part * 2**20 + row."""

@@ -186,7 +186,7 @@ def cad_points(mesh: Mesh, sha256: str, num_points: int, *, num_ordered: int = N
     """
     points, normals = sample_surface(normalized(mesh), num_points, seed_of(sha256, 0))
     order = fps_order(points, min(num_ordered, NUM_ORDERED_POINTS, num_points))
-    return np.ascontiguousarray(points[order]), np.ascontiguousarray(normals[order])
+    return points.take(order, axis=0), normals.take(order, axis=0)
 
 
 def prepare_item(item: RawItem, recipe: AlignmentRecipe) -> Row | Reject:

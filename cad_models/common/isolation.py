@@ -20,6 +20,8 @@ from multiprocessing.connection import Connection, Pipe
 from types import TracebackType
 from typing import IO
 
+from cad_models.common.memory import keep_freed_memory
+
 LOST_REASONS: tuple[str, ...] = ("timeout", "out_of_memory", "crashed")
 
 _CHANNEL_BYTES = 2 << 20
@@ -218,6 +220,7 @@ def _serve(channel: int, lifeline: int, name: str, memory_limit_bytes: int) -> N
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     function = _resolve(name)
     connection = Connection(channel)
+    keep_freed_memory()  # it works on one file after the other, with arrays of much the same sizes
     _limit_memory(memory_limit_bytes)
     connection.send("ready")
     while True:

@@ -20,8 +20,9 @@ def seed_of(object_id: str, seed: int) -> int:
 
 @njit(cache=True)
 @no_type_check  # type checkers would wrap what numba must compile
-def _sample(vertices, faces, uniform, points, normals):
-    """Stratum i of n equal slices of the area gives point i; ``uniform`` [n, 3] in [0, 1) places it in the slice, and on the face."""
+def _sample(vertices, faces, uniform, scale, middle, points, normals):
+    """Stratum i of n equal slices of the area gives point i; ``uniform`` [n, 3] in [0, 1) places it in the slice, and on the face. Points are
+    scaled and moved in float64 as they are written."""
     num_points = len(points)
     total = 0.0
     last = 0  # the last face with an area, for a position that rounding carries past the end
@@ -47,9 +48,9 @@ def _sample(vertices, faces, uniform, points, normals):
         a, b, c = faces[face, 0], faces[face, 1], faces[face, 2]
         ux, uy, uz = vertices[b, 0] - vertices[a, 0], vertices[b, 1] - vertices[a, 1], vertices[b, 2] - vertices[a, 2]
         wx, wy, wz = vertices[c, 0] - vertices[a, 0], vertices[c, 1] - vertices[a, 1], vertices[c, 2] - vertices[a, 2]
-        points[i, 0] = vertices[a, 0] + s * ux + t * wx
-        points[i, 1] = vertices[a, 1] + s * uy + t * wy
-        points[i, 2] = vertices[a, 2] + s * uz + t * wz
+        points[i, 0] = (vertices[a, 0] + s * ux + t * wx) * scale + middle[0]
+        points[i, 1] = (vertices[a, 1] + s * uy + t * wy) * scale + middle[1]
+        points[i, 2] = (vertices[a, 2] + s * uz + t * wz) * scale + middle[2]
         normals[i, 0] = (uy * wz - uz * wy) / areas[face]
         normals[i, 1] = (uz * wx - ux * wz) / areas[face]
         normals[i, 2] = (ux * wy - uy * wx) / areas[face]
@@ -79,9 +80,9 @@ def sample_surface(mesh: Mesh, num_points: int, seed: int) -> tuple[Float32[np.n
     middle = low / 2 + high / 2
     scale = float((high / 2 - low / 2).max())
     unit = (mesh.vertices - middle) / scale  # lengths near 1, so that areas neither overflow nor vanish
-    points, normals = np.empty((num_points, 3)), np.empty((num_points, 3))
-    _sample(unit, mesh.faces, np.random.default_rng(seed).random((num_points, 3)), points, normals)
-    return (points * scale + middle).astype(np.float32), normals.astype(np.float32)
+    points, normals = np.empty((num_points, 3), np.float32), np.empty((num_points, 3), np.float32)
+    _sample(unit, mesh.faces, np.random.default_rng(seed).random((num_points, 3)), scale, middle, points, normals)
+    return points, normals
 
 
 def fps_order(points: Float32[np.ndarray, "n 3"], num_ordered: int | None = None) -> Int32[np.ndarray, " n"]:
@@ -107,15 +108,47 @@ def fps_order(points: Float32[np.ndarray, "n 3"], num_ordered: int | None = None
         raise ValueError(f"num_ordered is {num_ordered}, with {num_points} points: 1 to {num_points} can be ordered")
     if not np.isfinite(points).all():
         raise ValueError("points are not all finite")
-    centred = points - points.mean(axis=0, dtype=np.float64).astype(np.float32)
-    first = int(np.einsum("ni,ni->n", centred, centred).argmax())
-    columns, index, starts, lows, highs = cut_into_blocks(np.ascontiguousarray(points))
-    order = np.empty(num_ordered, np.int64)
+    points = np.ascontiguousarray(points)
+    first = _farthest_from_mean(points)
+    columns, index, starts, lows, highs = cut_into_blocks(points)
+    order = np.empty(num_points, np.int32)
     position = int(np.flatnonzero(index == first)[0])
-    farthest_in_blocks(columns, index, starts, lows, highs, position, np.full(num_points, np.float32(np.inf)), True, order)
-    rest = np.ones(num_points, bool)
-    rest[order] = False
-    return np.concatenate([order, np.flatnonzero(rest)]).astype(np.int32)
+    farthest_in_blocks(columns, index, starts, lows, highs, position, np.full(num_points, np.float32(np.inf)), True, order[:num_ordered])
+    _append_rest(order, num_ordered)
+    return order
+
+
+@njit(cache=True, nogil=True)
+@no_type_check
+def _farthest_from_mean(points):
+    """Lowest index of the points that are farthest from the mean of all: the mean is summed in float64, in order, the rest is float32."""
+    total_x, total_y, total_z = 0.0, 0.0, 0.0
+    for i in range(len(points)):
+        total_x += points[i, 0]
+        total_y += points[i, 1]
+        total_z += points[i, 2]
+    x, y, z = np.float32(total_x / len(points)), np.float32(total_y / len(points)), np.float32(total_z / len(points))
+    first, largest = 0, np.float32(-1.0)
+    for i in range(len(points)):
+        dx, dy, dz = points[i, 0] - x, points[i, 1] - y, points[i, 2] - z
+        distance = dx * dx + dy * dy + dz * dz
+        if distance > largest:
+            first, largest = i, distance
+    return first
+
+
+@njit(cache=True, nogil=True)
+@no_type_check
+def _append_rest(order, num_ordered):
+    """Complete a permutation with the numbers that its first ``num_ordered`` places do not hold, ascending."""
+    held = np.zeros(len(order), np.bool_)
+    for rank in range(num_ordered):
+        held[order[rank]] = True
+    place = num_ordered
+    for i in range(len(order)):
+        if not held[i]:
+            order[place] = i
+            place += 1
 
 
 def side_by_side(points: Float32[np.ndarray, "clouds n 3"], normals: Float32[np.ndarray, "clouds n 3"]) -> Float32[np.ndarray, "clouds n 6"]:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from rayjobs import memory
+from cad_models.common import memory
 
 needs_glibc = pytest.mark.skipif(memory._malloc_trim() is None or not sys.platform.startswith("linux"), reason="the C library has no malloc_trim")
 
@@ -15,7 +15,7 @@ needs_glibc = pytest.mark.skipif(memory._malloc_trim() is None or not sys.platfo
 FRAGMENTED = """
 from pathlib import Path
 import numpy as np
-from rayjobs import memory
+from cad_models.common import memory
 
 def private_mb():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -67,7 +67,7 @@ def test_without_malloc_trim_nothing_happens(monkeypatch):
 REUSED = """
 import resource, sys
 import numpy as np
-from rayjobs import memory
+from cad_models.common import memory
 
 if sys.argv[1] == "keep":
     assert memory.keep_freed_memory()
