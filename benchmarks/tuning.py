@@ -102,7 +102,7 @@ def run(settings: Settings) -> list[Comparison]:
     num_samples, repeats = settings.pick(16, 4), settings.pick(5, 1)
     changes = {
         "data.num_points": 128, "model.num_points": 128, "batch_size": 16, "schedule.num_epochs": settings.pick(9, 2),
-        "schedule.num_warmup_epochs": 0.5, "optim.lr": 1e-4, "optim.head_lr": 3e-4, "loss.temperature": 0.2, "model.embed_dim": 256,
+        "schedule.num_warmup_epochs": 0.5, "optim.lr": 1e-4, "optim.head_lr": 3e-4, "loss.temperature": 0.2, "model.embed_dim": 512, "model.size": "pairs",
     }  # fmt: skip
     base = replace_all(SMOKE, changes)
     ours, theirs, scores = [], [], []

@@ -14,7 +14,7 @@ from rayjobs.tracking import METRICS_FILE, TrackedRun
 
 
 class MetricsCourier:
-    """Brings the lines of ``metrics.jsonl`` files to their runs, in a thread of the driver; a context manager.
+    """Opens runs and brings them the lines of their ``metrics.jsonl`` files, in a thread of the driver; a context manager.
 
     A line is ``{"step": int, "epoch": int, "metrics": {...}}`` and may have ``"time"`` (seconds since the epoch). The
     file may be rewritten with more lines; each step is delivered once, over any number of driver restarts: a run's own
@@ -69,6 +69,10 @@ class MetricsCourier:
             return sum(item.deliver() for item in followed)
 
     def _work(self) -> None:
+        with self._lock:
+            followed = list(self._followed)
+        for item in followed:
+            item.open()
         while not self._end.wait(self._every_s):
             missing = self.flush()
             if missing:
@@ -83,6 +87,9 @@ class _Followed:
         self._folder, self._run = folder, run
         self._delivered: set[int] | None = None
         self._seen = b""
+
+    def open(self) -> None:
+        self._run.open()
 
     def deliver(self) -> int:
         try:

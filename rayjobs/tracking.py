@@ -153,6 +153,7 @@ class Tracking:
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, str] | None = None,
         dataset: "DatasetSource | None" = None,
+        open_now: bool = True,
     ) -> "TrackedRun":
         """The run of this key: the one that an earlier start of the same command began, else a new one. Never raises
         for a store that is down: the run then opens later, with the first delivery that succeeds.
@@ -164,6 +165,7 @@ class Tracking:
             params: Flat or nested recipe values; nested ones get dotted names.
             tags: Further tags.
             dataset: What it trains on.
+            open_now: False = the `MetricsCourier` that follows it opens it, beside what its caller does: MLflow takes seconds to load.
         """
         run = TrackedRun(
             self,
@@ -174,7 +176,8 @@ class Tracking:
             tags=dict(tags or {}),
             dataset=dataset,
         )
-        run.open()
+        if open_now:
+            run.open()
         return run
 
 

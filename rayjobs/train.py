@@ -136,6 +136,7 @@ def _train_one(job: TrainJob) -> int:
         params=to_dict(job.recipe),
         tags={"cad.task": job.task, "cad.run_folder": folder.uri, "cad.recipe_digest": digest(job.recipe)},
         dataset=DatasetSource(uri=job.dataset, digest=loop.train.dataset.digest),
+        open_now=False,  # while workers start
     )
     with MetricsCourier([(loop.run_folder, run)]):
         finished = fit(loop, plan)

@@ -119,6 +119,16 @@ def test_courier_rewritten_file_and_restarted_driver_deliver_each_step_once(trac
     assert stored.inputs.dataset_inputs[0].dataset.digest == "abc"
 
 
+def test_courier_opens_a_run_that_was_only_named_before_anything_is_delivered(tracking, tmp_path):
+    run = tracking.start_run("key-late", name="late", params={"optim": {"lr": 0.1}}, open_now=False)
+    assert run.run_id is None
+    with MetricsCourier([(str(tmp_path / "run"), run)], every_s=60):  # its folder is not there yet
+        deadline = time.monotonic() + 60
+        while run.run_id is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert tracking.client.get_run(run.run_id).data.params == {"optim.lr": "0.1"}
+
+
 def test_courier_half_written_last_line_waits(tracking, tmp_path):
     run = tracking.start_run("key-2", name="second")
     write_lines(tmp_path, [10])
