@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import io
 import json
+import os
 import re
 import signal
 import sys
@@ -294,6 +295,7 @@ def _fit_workers(loop: "LoopConfig", plan: WorkerPlan, *, max_failures: int = LO
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from rayjobs.capacity import cluster_capacity
     from rayjobs.leftovers import free_leftovers
     from rayjobs.loop import train_loop_per_worker
 
@@ -321,9 +323,25 @@ def _fit_workers(loop: "LoopConfig", plan: WorkerPlan, *, max_failures: int = LO
         ),
     )
     try:
-        trainer.fit()
+        with _watching_for_lost_nodes(len(cluster_capacity().most) > 1):
+            trainer.fit()
     finally:
         folder.delete("ray")
+
+
+@contextlib.contextmanager
+def _watching_for_lost_nodes(wanted: bool) -> Iterator[None]:
+    """Ray Train's process that asks whether a node of the workers is about to be taken away, and takes seconds to start. Where all of the cluster is one
+    machine, that would take the driver too. A user's own setting wins."""
+    name = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+    if wanted or name in os.environ:
+        yield
+        return
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 @contextlib.contextmanager

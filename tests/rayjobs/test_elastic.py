@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 import threading
 import time
 
@@ -361,3 +362,18 @@ def test_starts_of_a_trial_count_only_without_an_evaluation_in_between_and_of_on
     assert starts(*[("a", 0)] * (most + 1)) == [False] * most + [True]
     assert starts(("b", 0), ("b", 0), *[("b", 1)] * most) == [False] * (most + 2)
     assert starts(("b", 1)) == [True]
+
+
+def test_nodes_are_watched_unless_one_machine_is_all_there_is(monkeypatch):
+    from rayjobs.train import _watching_for_lost_nodes
+
+    name = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+    monkeypatch.delenv(name, raising=False)
+    for wanted, expected in ((True, None), (False, "0")):
+        with pytest.raises(RuntimeError, match="lost"), _watching_for_lost_nodes(wanted):
+            assert os.environ.get(name) == expected
+            raise RuntimeError("lost")
+        assert name not in os.environ
+    monkeypatch.setenv(name, "1")
+    with _watching_for_lost_nodes(False):
+        assert os.environ[name] == "1"
