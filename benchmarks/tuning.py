@@ -99,7 +99,7 @@ def search(base, config: SearchConfig, curves: Curves, *, goal: float | None, mo
 
 def run(settings: Settings) -> list[Comparison]:
     """Both searches for every seed."""
-    num_samples, repeats = settings.pick(16, 4), settings.pick(5, 1)
+    num_samples, repeats = settings.pick(32, 4), settings.pick(5, 1)
     changes = {
         "data.num_points": 128, "model.num_points": 128, "batch_size": 16, "schedule.num_epochs": settings.pick(9, 2),
         "schedule.num_warmup_epochs": 0.5, "optim.lr": 1e-4, "optim.head_lr": 3e-4, "loss.temperature": 0.2, "model.embed_dim": 512, "model.size": "pairs",
@@ -108,7 +108,7 @@ def run(settings: Settings) -> list[Comparison]:
     ours, theirs, scores = [], [], []
     with tempfile.TemporaryDirectory() as scratch:
         dataset = Path(scratch) / "dataset"
-        write_dataset(dataset, base, num_objects={"train": settings.pick(96, 32), "val": settings.pick(96, 32)}, width=64, noise=1.5)
+        write_dataset(dataset, base, num_objects={"train": settings.pick(96, 32), "val": settings.pick(192, 32)}, width=64, noise=0.05)
         for seed in range(repeats):
             curves = Curves(dataset, Path(scratch) / f"runs-{seed}")
             seeded = replace_all(base, {"seed": seed})

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def search_space(trial: Any) -> dict[str, Any]:
-    """What ``tune.py`` searches: experts and how many answer, width, temperature, learning rates, EMA, augmentation, views a step, the loss between images.
+    """What ``tune.py`` searches: experts and how many answer, temperature, learning rates, EMA, augmentation, views a step, the loss between images.
 
     Ranges reach about two times to either side of the default recipe: in wider ones most trials of a short search are wasted. Experts always have the
     residual linear path, for without it they do not beat one linear layer (the room's README).
@@ -50,7 +50,6 @@ def search_space(trial: Any) -> dict[str, Any]:
         "model.num_experts": num_experts,
         "model.top_k": 0,
         "model.residual_head": num_experts > 1,
-        "model.embed_dim": trial.suggest_categorical("model.embed_dim", [512, 1024]),
         "loss.image_weight": trial.suggest_float("loss.image_weight", 0.1, 0.6),
         "loss.temperature": trial.suggest_float("loss.temperature", 0.05, 0.14, log=True),
         "optim.lr": trial.suggest_float("optim.lr", 2.5e-4, 1e-3, log=True),

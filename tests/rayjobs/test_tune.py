@@ -186,7 +186,6 @@ def test_next_trial_first_is_the_base_recipe():
     assert trial.params == {
         "model.num_experts": 4,
         "loss.image_weight": 0.3,
-        "model.embed_dim": 512,
         "loss.temperature": 0.07,
         "optim.lr": 5e-4,
         "optim.head_lr": 2e-3,
@@ -198,11 +197,11 @@ def test_next_trial_first_is_the_base_recipe():
 
 
 def test_next_trial_base_outside_the_space_is_still_the_first():
-    assert base_params(AlignmentTask.search_space, SMOKE) is None  # embed_dim 64 is no choice
+    assert base_params(AlignmentTask.search_space, SMOKE) is None  # an EMA of 0.9 is no choice
     trial = next_trial(AlignmentTask(), SMOKE, CONFIG, [])
     assert trial.digest == digest(SMOKE) and trial.params == {}
     second = next_trial(AlignmentTask(), SMOKE, CONFIG, [ended(trial, "complete", MAX, scores={1: 0.1}, seconds=0.0)])
-    assert second.values["model.embed_dim"] in (512, 1024)
+    assert second.values["optim.ema_decay"] in (0.98, 0.99, 0.995)
 
 
 @pytest.mark.parametrize(("top_k", "share"), [(0, "all"), (2, "half"), (1, "one"), (3, None)])
