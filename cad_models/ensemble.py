@@ -24,13 +24,10 @@ import numpy as np
 from cad_models.checkpoint import CheckpointError, Member, load_member, member_digest
 from cad_models.common.isolation import Isolated, Lost
 from cad_models.config import json_digest
-from cad_models.task import Answer, InferOptions, Input, Reject, Requests, Task
+from cad_models.task import SECONDS, Answer, InferOptions, Input, Reject, Requests, Task
 from cad_models.tasks import TASKS
 
 SCHEMA_VERSION = 1
-
-# Entries of what `Task.read_input` gives that tell what it cost.
-_SECONDS = "seconds/"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,9 +268,9 @@ class InputProcessor:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Time spent so far in each stage; ``read files`` is what no other stage names: reading itself, and handing over what was read."""
+        """Time spent so far in each stage; ``hand over`` is what the reading process does not name: what was read, on its way to this one."""
         named = sum(seconds for stage, seconds in self._read_seconds.items() if stage)
-        return {"read files": self._read_seconds[""] - named, **{k: s for k, s in self._read_seconds.items() if k}, **self._predictor.seconds}
+        return {"hand over": self._read_seconds[""] - named, **{k: s for k, s in self._read_seconds.items() if k}, **self._predictor.seconds}
 
     def process(self, inputs: Sequence[Input]) -> list[Processed]:
         """Read the files and run the members on them; a file that cannot be read is rejected and stops nothing."""
@@ -285,8 +282,8 @@ class InputProcessor:
         self._read_seconds[""] += time.perf_counter() - started
         for columns in read:
             if not isinstance(columns, Reject):
-                stages = [name for name in columns if name.startswith(_SECONDS)]
-                self._read_seconds.update({name.removeprefix(_SECONDS): float(columns.pop(name)) for name in stages})
+                stages = [name for name in columns if name.startswith(SECONDS)]
+                self._read_seconds.update({name.removeprefix(SECONDS): float(columns.pop(name)) for name in stages})
         good = [columns for columns in read if not isinstance(columns, Reject)]
         outputs = iter(self._predictor.predict(good))
         return [

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 Columns = dict[str, np.ndarray]
 """Model-ready arrays of some objects: name -> array whose first axis is the object."""
 
+SECONDS = "seconds/"
+"""Begins the names of those entries of what `Task.read_input` gives that tell what it cost, by stage."""
+
 LABEL_INDEX = "label_index"
 """A column of ``objects/`` that no file holds: int64, the position of the object's label in `Manifest.class_names` (sorted), -1 without a label. Whoever
 names it in `Task.columns` gets it in `Task.examples`."""

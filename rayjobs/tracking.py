@@ -5,6 +5,7 @@ Training workers never open MLflow. Rank 0 writes ``<run folder>/metrics.jsonl``
 """
 
 import functools
+import importlib.metadata
 import json
 import logging
 import os
@@ -231,9 +232,8 @@ def _initialise(uri: str) -> None:
     try:
         database.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(uri):
-            from mlflow.version import VERSION
-
-            if database.exists() and ready.exists() and ready.read_text() == VERSION:
+            installed = importlib.metadata.version("mlflow")  # without loading it
+            if database.exists() and ready.exists() and ready.read_text() == installed:
                 return
             if database.exists() and database.stat().st_size > 0:
                 # Another MLflow wrote it: bring its tables up to date.
@@ -243,7 +243,7 @@ def _initialise(uri: str) -> None:
                 from mlflow import MlflowClient
 
                 MlflowClient(tracking_uri=uri, registry_uri=uri).search_experiments(max_results=1)
-            ready.write_text(VERSION)
+            ready.write_text(installed)
     except (OSError, Timeout, subprocess.CalledProcessError) as error:
         raise TrackingError(
             f"the embedded tracking store {database} cannot be opened ({error}): choose a writable --tracking.folder"
