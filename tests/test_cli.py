@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import tyro
@@ -141,6 +142,14 @@ def test_run_job_of_a_programming_error_keeps_its_traceback(monkeypatch):
 
     with pytest.raises(KeyError):
         run_job(EchoJob, main, ["--dataset", "ds"])
+
+
+def test_run_job_leaves_ray_before_the_interpreter_ends(monkeypatch):
+    left = []
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True, shutdown=lambda: left.append(True)))
+    with pytest.raises(SystemExit):
+        run_job(EchoJob, lambda job: 0, ["--dataset", "ds"])
+    assert left == [True]
 
 
 @pytest.mark.parametrize("returned, status", [(None, 0), (0, 0), (75, 75)])
