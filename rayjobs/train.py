@@ -137,7 +137,7 @@ def _train_one(job: TrainJob) -> int:
         params=to_dict(job.recipe),
         tags={"cad.task": job.task, "cad.run_folder": folder.uri, "cad.recipe_digest": digest(job.recipe)},
         dataset=DatasetSource(uri=job.dataset, digest=loop.train.dataset.digest),
-        open_now=False,  # while workers start
+        open_now=plan is None,  # else while workers start
     )
     with MetricsCourier([(loop.run_folder, run)]):
         finished = fit(loop, plan)
@@ -292,6 +292,7 @@ def _fit_while_it_gets_on(loop: "LoopConfig", plan: WorkerPlan, folder: Folder) 
 
 
 def _fit_workers(loop: "LoopConfig", plan: WorkerPlan, *, max_failures: int = LOSSES_WITHOUT_PROGRESS) -> None:
+    import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -323,7 +324,9 @@ def _fit_workers(loop: "LoopConfig", plan: WorkerPlan, *, max_failures: int = LO
         ),
     )
     try:
-        with _watching_for_lost_nodes(len(cluster_capacity().most) > 1):
+        # A search's trial, in an actor, does not know how its cluster may grow.
+        in_driver = ray.get_runtime_context().get_actor_id() is None
+        with _watching_for_lost_nodes(not in_driver or len(cluster_capacity().most) > 1):
             trainer.fit()
     finally:
         folder.delete("ray")
