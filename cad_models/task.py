@@ -241,6 +241,8 @@ class Task(ABC):
     among them, and all are better in its direction."""
     search_space: Callable[[Any], dict[str, Any]]
     """``search_space(trial)`` suggests values with an ``optuna.Trial`` and returns dotted recipe path -> value."""
+    searched_where_on: frozenset[str] = frozenset()
+    """Searched paths that a search leaves alone where the base recipe has them at 0 (off): the data may lack what they need."""
     split_names: tuple[str, ...] = ("train", "val", "test")
     reference_split: str = ""
     """Split whose predictions :meth:`evaluate` wants beside those of the split that it measures, as ``train`` for nearest neighbours; "" = none. Costs

@@ -7,7 +7,7 @@ driver was killed therefore goes on as if nothing had happened: with one trial a
 import json
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -184,7 +184,7 @@ def next_trial(task: Task, base: Recipe, config: SearchConfig, trials: Sequence[
     """
     number = len(trials)
     if number == 0:
-        params = base_params(task.search_space, base)
+        params = base_params(task, base)
         if params is None:
             return Trial(number=0, digest=digest(base), values={}, params={})
         return _drawn(task, base, config, trials, 0, fixed=params)
@@ -209,8 +209,8 @@ def _drawn(
     if fixed is not None:
         study.enqueue_trial(fixed)
     asked = study.ask()
-    suggested = task.search_space(asked)
-    recipe = replace_all(base, suggested)
+    left_alone = switched_off(task, base)
+    recipe = replace_all(base, {path: value for path, value in task.search_space(asked).items() if path not in left_alone})
     before = paths(base)
     after = paths(recipe)
     return Trial(
@@ -265,16 +265,24 @@ class _OutsideSpace(Exception):
     """The base recipe's value is none that the space can give."""
 
 
+def switched_off(task: Task, base: Recipe) -> set[str]:
+    """The searched paths that a search of this base recipe leaves as they are (`Task.searched_where_on`)."""
+    values = paths(base)
+    return {path for path in task.searched_where_on if not values[path]}
+
+
 class _Recorder:
     """Stands in for an ``optuna.Trial`` and answers with the base recipe's values. Parameters that are no path of the recipe (as a share of
-    something) are answered from a script of choices."""
+    something) are answered from a script of choices; of those in ``free`` any value will do."""
 
-    def __init__(self, values: Mapping[str, Any], script: Sequence[int]) -> None:
-        self._values, self._script = values, script
+    def __init__(self, values: Mapping[str, Any], script: Sequence[int], free: Collection[str]) -> None:
+        self._values, self._script, self._free = values, script, free
         self.params: dict[str, Any] = {}
         self.num_options: list[int] = []
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        if name in self._free:
+            return self._keep(name, choices[0], True)
         if name in self._values:
             return self._keep(name, self._values[name], self._values[name] in choices)
         position = len(self.num_options)
@@ -282,11 +290,11 @@ class _Recorder:
         return self._keep(name, choices[self._script[position] if position < len(self._script) else 0], True)
 
     def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float:
-        value = self._value(name)
+        value = low if name in self._free else self._value(name)
         return self._keep(name, float(value), low <= value <= high)
 
     def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
-        value = self._value(name)
+        value = low if name in self._free else self._value(name)
         return self._keep(name, int(value), low <= value <= high and (int(value) - low) % step == 0)
 
     def _value(self, name: str) -> Any:
@@ -301,17 +309,17 @@ class _Recorder:
         return value
 
 
-def base_params(search_space: Callable[[Any], dict[str, Any]], base: Recipe) -> dict[str, Any] | None:
-    """The parameters with which a search space gives the base recipe itself; None when it cannot."""
-    values = paths(base)
+def base_params(task: Task, base: Recipe) -> dict[str, Any] | None:
+    """The parameters with which a task's search space gives the base recipe itself; None when it cannot."""
+    values, free = paths(base), switched_off(task, base)
     script: list[int] | None = []
     while script is not None:
-        recorder = _Recorder(values, script)
+        recorder = _Recorder(values, script, free)
         try:
-            suggested = search_space(recorder)
+            suggested = task.search_space(recorder)
         except _OutsideSpace:
             suggested = None
-        if suggested is not None and all(values.get(path) == value for path, value in suggested.items()):
+        if suggested is not None and all(values.get(path) == value for path, value in suggested.items() if path not in free):
             return recorder.params
         script = _next_script(script, recorder.num_options)
     return None

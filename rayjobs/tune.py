@@ -186,7 +186,7 @@ def _searched(
 def _tell_if_outside(recipe: Recipe, task: str) -> None:
     from rayjobs.search import base_params
 
-    if base_params(TASKS[task].search_space, recipe) is None:
+    if base_params(TASKS[task], recipe) is None:
         print(
             "the base recipe has values that the search space cannot give: it is tried first, but the sampler learns nothing from it", flush=True
         )

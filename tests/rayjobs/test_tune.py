@@ -39,6 +39,7 @@ from rayjobs.search import (
     next_trial,
     search_identity,
     should_stop,
+    switched_off,
 )
 from tests.synthetic import make_dataset
 
@@ -189,24 +190,39 @@ def test_next_trial_first_is_the_base_recipe():
         "loss.temperature": 0.07,
         "optim.lr": 5e-4,
         "optim.head_lr": 2e-3,
+        "optim.weight_decay": 0.05,
         "optim.ema_decay": 0.99,
         "data.augment.max_scale": 1.25,
+        "data.augmented_share": 0.5,
         "data.views_per_step": 8,
         "top_k_share": "all",
     }
 
 
 def test_next_trial_base_outside_the_space_is_still_the_first():
-    assert base_params(AlignmentTask.search_space, SMOKE) is None  # an EMA of 0.9 is no choice
+    assert base_params(AlignmentTask(), SMOKE) is None  # experts without the residual path are no choice
     trial = next_trial(AlignmentTask(), SMOKE, CONFIG, [])
     assert trial.digest == digest(SMOKE) and trial.params == {}
     second = next_trial(AlignmentTask(), SMOKE, CONFIG, [ended(trial, "complete", MAX, scores={1: 0.1}, seconds=0.0)])
-    assert second.values["optim.ema_decay"] in (0.98, 0.99, 0.995)
+    assert second.values["optim.ema_decay"] in (0.9, 0.95, 0.99)
+    assert "data.augmented_share" not in second.values  # SMOKE's data has no changed views
+
+
+def test_switched_off_leaves_the_base_recipe_alone_and_inside_the_space():
+    without = replace(RECIPE, data=replace(RECIPE.data, augmented_views=0, augmented_share=0.0))
+    assert switched_off(AlignmentTask(), without) == {"data.augmented_share"} and switched_off(AlignmentTask(), RECIPE) == set()
+    trials = []
+    for _ in range(8):
+        trials.append(ended(next_trial(AlignmentTask(), without, CONFIG, trials), "complete", MAX, scores={1: 0.1}, seconds=0.0))
+    assert trials[0].digest == digest(without) and trials[0].params["optim.lr"] == 5e-4
+    assert all(replace_all(without, trial.values).data.augmented_share == 0 for trial in trials)
+    trials = [ended(next_trial(AlignmentTask(), RECIPE, CONFIG, []), "complete", MAX, scores={1: 0.1}, seconds=0.0)]
+    assert next_trial(AlignmentTask(), RECIPE, CONFIG, trials).values["data.augmented_share"] > 0
 
 
 @pytest.mark.parametrize(("top_k", "share"), [(0, "all"), (2, "half"), (1, "one"), (3, None)])
 def test_base_params_solves_for_parameters_that_are_no_path(top_k, share):
-    params = base_params(AlignmentTask.search_space, replace(RECIPE, model=replace(RECIPE.model, top_k=top_k)))
+    params = base_params(AlignmentTask(), replace(RECIPE, model=replace(RECIPE.model, top_k=top_k)))
     assert (None if params is None else params["top_k_share"]) == share
 
 
