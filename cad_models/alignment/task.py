@@ -104,6 +104,10 @@ RUNS = {
         },
         note="stage 1 of the source system (HSE DL 2025) with its published hyper-parameters, for GPUs; embed with timm:eva_large_patch14_336.in22k_ft_in22k_in1k",
     ),
+    "thorough": NamedRun(
+        changes={"data.views_per_step": 0, "optim.weight_decay": 5.0},
+        note="the default recipe with all 24 views in every step and strong weight decay: finds more turned and badly boxed pictures, and takes longer",
+    ),
     "ensemble_3": NamedRun(changes={}, seeds=(0, 1, 2), note="three seeds of the default recipe, and their ensemble"),
 }
 
