@@ -217,8 +217,9 @@ def _drawn(
         number=number,
         digest=digest(recipe),
         values={path: after[path] for path in after if after[path] != before[path]},
-        params=dict(asked.params),
-        distributions={name: optuna.distributions.distribution_to_json(d) for name, d in asked.distributions.items()},
+        # What was left alone is no parameter of this search: neither the sampler nor a report should see values that nothing had.
+        params={name: value for name, value in asked.params.items() if name not in left_alone},
+        distributions={name: optuna.distributions.distribution_to_json(d) for name, d in asked.distributions.items() if name not in left_alone},
     )
 
 
@@ -273,7 +274,7 @@ def switched_off(task: Task, base: Recipe) -> set[str]:
 
 class _Recorder:
     """Stands in for an ``optuna.Trial`` and answers with the base recipe's values. Parameters that are no path of the recipe (as a share of
-    something) are answered from a script of choices; of those in ``free`` any value will do."""
+    something) are answered from a script of choices; what those in ``free`` are answered does not matter and is not kept."""
 
     def __init__(self, values: Mapping[str, Any], script: Sequence[int], free: Collection[str]) -> None:
         self._values, self._script, self._free = values, script, free
@@ -282,7 +283,7 @@ class _Recorder:
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
         if name in self._free:
-            return self._keep(name, choices[0], True)
+            return choices[0]
         if name in self._values:
             return self._keep(name, self._values[name], self._values[name] in choices)
         position = len(self.num_options)
@@ -290,11 +291,15 @@ class _Recorder:
         return self._keep(name, choices[self._script[position] if position < len(self._script) else 0], True)
 
     def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float:
-        value = low if name in self._free else self._value(name)
+        if name in self._free:
+            return low
+        value = self._value(name)
         return self._keep(name, float(value), low <= value <= high)
 
     def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
-        value = low if name in self._free else self._value(name)
+        if name in self._free:
+            return low
+        value = self._value(name)
         return self._keep(name, int(value), low <= value <= high and (int(value) - low) % step == 0)
 
     def _value(self, name: str) -> Any:

@@ -216,6 +216,7 @@ def test_switched_off_leaves_the_base_recipe_alone_and_inside_the_space():
         trials.append(ended(next_trial(AlignmentTask(), without, CONFIG, trials), "complete", MAX, scores={1: 0.1}, seconds=0.0))
     assert trials[0].digest == digest(without) and trials[0].params["optim.lr"] == 5e-4
     assert all(replace_all(without, trial.values).data.augmented_share == 0 for trial in trials)
+    assert all("data.augmented_share" not in trial.params and trial.distributions.keys() == trial.params.keys() for trial in trials)
     trials = [ended(next_trial(AlignmentTask(), RECIPE, CONFIG, []), "complete", MAX, scores={1: 0.1}, seconds=0.0)]
     assert next_trial(AlignmentTask(), RECIPE, CONFIG, trials).values["data.augmented_share"] > 0
 
