@@ -121,6 +121,9 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     try:
         Training(loop, device=device, report=report, node_is_leaving=node_is_leaving).run()
     except ValueError as error:
+        # When another worker is lost, Ray Train takes the process group from under this one's feet, and torch calls that a ValueError too.
+        if ray.train.get_context().get_world_size() > 1 and not dist.is_initialized():
+            raise
         # A user's mistake or diverged numbers: trying again cannot help, so it must not look like a lost worker to Ray Train. A worker that is
         # alone with it (one broken part file) lets the others go, who would wait for it until their timeout.
         folder.write_json("error.json", {"error": str(error)})

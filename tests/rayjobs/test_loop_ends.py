@@ -2,9 +2,11 @@
 
 import json
 import math
+import types
 
 import numpy as np
 import pytest
+import ray.train.torch
 import torch
 import torch.multiprocessing as mp
 
@@ -126,6 +128,39 @@ def test_adapt_sees_as_many_training_objects_as_the_learner_asks_for(dataset, tm
     assert [len(group) for group in seen[0]] == sizes
     whole = np.concatenate([columns["group"] for columns in training.config.train.parts(0, 1)])
     np.testing.assert_array_equal(torch.cat(seen[0]).numpy(), whole[: sum(sizes)])
+
+
+# --- a worker's failures -------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("taken", [True, False])
+def test_process_group_taken_away_is_a_loss_and_no_mistake_of_the_user(dataset, tmp_path, monkeypatch, taken):  # noqa: F811
+    def run(self):
+        if not taken:
+            raise ValueError("part 3 is broken")
+        # As Ray Train does from another thread when it shuts down the workers beside a lost one.
+        torch.distributed.destroy_process_group()
+        torch.distributed.broadcast(torch.zeros(1), src=0, group=self.cpu_group)
+
+    def begin(self, *args, **kwargs):
+        self.cpu_group = torch.distributed.new_group(backend="gloo")
+
+    monkeypatch.setattr(Training, "__init__", begin)
+    monkeypatch.setattr(Training, "run", run)
+    monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(ray.train, "get_context", lambda: types.SimpleNamespace(get_world_size=lambda: 2))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
+    config, told = config_of(dataset, tmp_path / "run"), tmp_path / "run/error.json"
+    try:
+        if taken:
+            with pytest.raises(ValueError, match="is not registered"):
+                loop.train_loop_per_worker({"loop": config})
+            assert not told.exists()
+        else:
+            loop.train_loop_per_worker({"loop": config})
+            assert json.loads(told.read_text()) == {"error": "part 3 is broken"}
+        assert not torch.distributed.is_initialized()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 # --- two processes ------------------------------------------------------------------------------------------------------------------------
