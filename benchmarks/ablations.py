@@ -22,6 +22,7 @@ import numpy as np
 from cad_models.alignment.fusion import fused_hits
 from cad_models.alignment.metrics import Ranks, hits_by_object, learned_ranks, matching_ranks, query_bank_ranks, recalls
 from cad_models.alignment.recipe import RECIPE
+from cad_models.alignment.task import RUNS
 from cad_models.checkpoint import Member, load_member
 from cad_models.common.bootstrap import ratio_intervals
 from cad_models.config import Recipe, replace_all
@@ -74,10 +75,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "default_no_image_loss": {"loss.image_weight": 0.0},
     "default_no_ema": {"optim.ema_decay": 0.0},
     "default_rotation": {"data.augment.max_rotation_deg": 180.0},
+    **{name: dict(RUNS[name].changes) for name in ("thorough", "thorough_upright")},
     **{name: {**_PAIRS, **change} for name, change in _OF_PAIRS.items()},
 }
 """Name -> what the row changes in the default recipe (``before``: all that the ablations brought is taken back); each recipe is told by its command. All
-rows but those named ``default`` have the encoder of point pairs."""
+rows but those named ``default`` and ``thorough`` have the encoder of point pairs."""
 
 SHOWN = tuple(f"image_to_mesh/{infix}recall@{k}" for infix in ("", "crop/", "roll/", "roll_crop/") for k in (1, 3)) + ("mesh_to_image/recall@3",)
 

@@ -243,6 +243,9 @@ class Task(ABC):
     """``search_space(trial)`` suggests values with an ``optuna.Trial`` and returns dotted recipe path -> value."""
     searched_where_on: frozenset[str] = frozenset()
     """Searched paths that a search leaves alone where the base recipe has them at 0 (off): the data may lack what they need."""
+    points_to_evaluate: tuple[Mapping[str, Any], ...] = ()
+    """Changes of the recipe (dotted path -> value) that were good elsewhere: a search tries them right after the base recipe, as far as its space can
+    give them. The name is Ray Tune's."""
     split_names: tuple[str, ...] = ("train", "val", "test")
     reference_split: str = ""
     """Split whose predictions :meth:`evaluate` wants beside those of the split that it measures, as ``train`` for nearest neighbours; "" = none. Costs

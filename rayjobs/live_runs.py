@@ -163,7 +163,8 @@ class LiveSearch(LiveRuns):
             return False
         self._scores[number][result["epoch"]] = result["score"]
         failed = {trial.number for trial in self.journal.trials if trial.state == "failed"}
-        stop = should_stop(
+        # The base recipe is trained to its end whatever the rule says: what a search is worth is seen beside it.
+        stop = number != 0 and should_stop(
             self._config.scheduler,
             self.score,
             self._scores[number],

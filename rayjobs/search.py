@@ -36,7 +36,8 @@ class SearchConfig:
     max_concurrent: int = 1
     """Trials at once. With 1 the search is deterministic: each suggestion knows all results before it."""
     scheduler: Literal["asha", "median", "none"] = "asha"
-    """How unpromising trials are stopped early: asynchronous successive halving (Li et al. 2020), the median rule (Golovin et al. 2017), not at all."""
+    """How unpromising trials are stopped early: asynchronous successive halving (Li et al. 2020), the median rule (Golovin et al. 2017), not at all. The base
+    recipe is trained to its end under any rule."""
     num_startup_trials: int = 10
     """Random trials before TPE models the results."""
     grace_epochs: int = 0
@@ -175,7 +176,8 @@ def claim(folder: Folder, identity: dict[str, Any], recipe_type: type[Recipe]) -
 
 # --- which recipe comes next ----------------------------------------------------------------------------------------------------------------
 def next_trial(task: Task, base: Recipe, config: SearchConfig, trials: Sequence[Trial]) -> Trial | None:
-    """The trial after ``trials``: the base recipe first, then what Optuna's multivariate TPE suggests. A pure function of its arguments.
+    """The trial after ``trials``: the base recipe first, then `Task.points_to_evaluate`, then what Optuna's multivariate TPE suggests. A pure function
+    of its arguments.
 
     Running trials count as results that are no better than the worst so far (constant liar), so that concurrent ones do not crowd.
 
@@ -189,6 +191,12 @@ def next_trial(task: Task, base: Recipe, config: SearchConfig, trials: Sequence[
             return Trial(number=0, digest=digest(base), values={}, params={})
         return _drawn(task, base, config, trials, 0, fixed=params)
     tried = {trial.digest for trial in trials}
+    for recipe in known_points(task, base):
+        params = None if digest(recipe) in tried else base_params(task, recipe)
+        trial = None if params is None else _drawn(task, base, config, trials, 0, fixed=params)
+        # A space without some path of the point gives another recipe.
+        if trial is not None and trial.digest == digest(recipe):
+            return trial
     for attempt in range(2 * _ATTEMPTS):
         trial = _drawn(task, base, config, trials, attempt)
         if trial.digest not in tried:
@@ -270,6 +278,12 @@ def switched_off(task: Task, base: Recipe) -> set[str]:
     """The searched paths that a search of this base recipe leaves as they are (`Task.searched_where_on`)."""
     values = paths(base)
     return {path for path in task.searched_where_on if not values[path]}
+
+
+def known_points(task: Task, base: Recipe) -> list[Recipe]:
+    """`Task.points_to_evaluate` on top of a base recipe, without what a search of it leaves alone."""
+    left_alone = switched_off(task, base)
+    return [replace_all(base, {path: value for path, value in point.items() if path not in left_alone}) for point in task.points_to_evaluate]
 
 
 class _Recorder:

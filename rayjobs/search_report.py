@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cad_models.config import Recipe, paths, replace_all
+from cad_models.dataset import Folder
 from cad_models.task import Score, Task
 from rayjobs.search import Trial, as_study
 
@@ -99,6 +100,18 @@ def _is_part(name: str, split: str, metric: str) -> bool:
     """The metric itself, and for one as ``recall@3`` also ``<direction>/recall@3``, but no further protocols."""
     inner = name.removeprefix(f"{split}/")
     return inner == metric or ("/" not in metric and inner.rsplit("/", 1)[-1] == metric and inner.count("/") <= 1)
+
+
+def beside_the_base_recipe(folder: Folder, base: Trial, best: Trial, score: Score) -> str:
+    """What the search is worth: the best trial's figures and the base recipe's."""
+    if base.state != "complete":
+        return f"the base recipe (trial {base.number}) is {base.state}: nothing to compare the best trial with"
+    if best.number == base.number:
+        return f"no trial was better than the base recipe (trial {base.number})"
+    ours, theirs = (folder.read_json(f"trials/{trial.digest}/result.json")["metrics"] for trial in (best, base))
+    names = [name for name in (score.name, score.name.replace("val/", "test/", 1)) if name in ours and name in theirs]
+    told = ", ".join(f"{name} {ours[name]:.4f} against {theirs[name]:.4f}" for name in names)
+    return f"best trial ({best.number}) against the base recipe (trial {base.number}): {told}"
 
 
 def report_page(trials: Sequence[Trial], base: Recipe, task: Task, *, title: str, notes: Sequence[str]) -> str:

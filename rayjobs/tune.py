@@ -299,7 +299,7 @@ def _registered(
 ) -> list[str]:
     """Measure, register, crown; returns the lines for the report."""
     from rayjobs.champion import Candidate, Measuring, enrol, select
-    from rayjobs.search_report import member_table
+    from rayjobs.search_report import beside_the_base_recipe, member_table
 
     task = TASKS[job.task]
     measuring = Measuring(
@@ -325,7 +325,9 @@ def _registered(
     told = enrol(tracking, folder, task, candidates, selection, measuring, run_id=run.run_id, replace_champion=job.replace_champion)
     print(told, flush=True)
     run.log_metrics({f"ensemble/{name}": value for name, value in selection["metrics"].items()})
-    return [figures, told]
+    beside = beside_the_base_recipe(folder, live.journal.trials[0], best[0], task.score)
+    print(beside, flush=True)
+    return [figures, told, beside]
 
 
 if __name__ == "__main__":

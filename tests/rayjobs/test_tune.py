@@ -175,8 +175,9 @@ print(" ".join(sequence(7)))
 
 
 def test_next_trial_seeds_differ_in_their_suggestions():
-    first = next_trial(AlignmentTask(), BASE, CONFIG, [])
-    done = [ended(first, "complete", MAX, scores={1: 0.5}, seconds=0.0)]
+    done = []
+    for _ in range(1 + len(AlignmentTask.points_to_evaluate)):
+        done.append(ended(next_trial(AlignmentTask(), BASE, CONFIG, done), "complete", MAX, scores={1: 0.5}, seconds=0.0))
     one, other = (next_trial(AlignmentTask(), BASE, replace(CONFIG, seed=seed), done) for seed in (0, 1))
     assert one.digest != other.digest
 
@@ -217,8 +218,40 @@ def test_switched_off_leaves_the_base_recipe_alone_and_inside_the_space():
     assert trials[0].digest == digest(without) and trials[0].params["optim.lr"] == 5e-4
     assert all(replace_all(without, trial.values).data.augmented_share == 0 for trial in trials)
     assert all("data.augmented_share" not in trial.params and trial.distributions.keys() == trial.params.keys() for trial in trials)
-    trials = [ended(next_trial(AlignmentTask(), RECIPE, CONFIG, []), "complete", MAX, scores={1: 0.1}, seconds=0.0)]
-    assert next_trial(AlignmentTask(), RECIPE, CONFIG, trials).values["data.augmented_share"] > 0
+
+
+def test_next_trial_after_the_base_recipe_tries_what_was_good_elsewhere():
+    def values(base, count):
+        trials = []
+        for _ in range(count):
+            trials.append(ended(next_trial(AlignmentTask(), base, CONFIG, trials), "complete", MAX, scores={1: 0.1}, seconds=0.0))
+            assert trials[-1].digest == digest(replace_all(base, trials[-1].values))
+        return [trial.values for trial in trials]
+
+    points = [{"data.views_per_step": 0, "optim.weight_decay": 5.0}, {"data.views_per_step": 0, "optim.weight_decay": 5.0, "data.augmented_share": 0.25}]
+    base, *found, drawn = values(RECIPE, 4)
+    assert base == {} and found == points
+    assert drawn not in points and drawn["data.augmented_share"] > 0
+    # What the base recipe has already is no trial of its own, and what it has switched off stays off.
+    assert values(replace_all(RECIPE, points[0]), 2) == [{}, {"data.augmented_share": 0.25}]
+    without = replace(RECIPE, data=replace(RECIPE.data, augmented_views=0, augmented_share=0.0))
+    _, first, second = values(without, 3)
+    assert first == points[0] and second not in points
+    # Points that the space cannot give are left out.
+    assert values(SMOKE, 2)[1] not in points
+
+
+def test_live_search_trains_the_base_recipe_to_its_end_whatever_the_rule_says(tmp_path):
+    live = LiveSearch(
+        folder=Folder(str(tmp_path)), task=AlignmentTask(), base=BASE, config=replace(CONFIG, max_concurrent=4), on_start=lambda t: None, on_end=lambda t: None
+    )
+    names = ["a", "b", "c", "d"]
+    for name in names:
+        live.suggest(name)
+    for name, score in (("b", 0.9), ("c", 0.8)):
+        live.observe(name, {"epoch": 1, "score": score})
+    assert not live.observe("a", {"epoch": 1, "score": 0.01})
+    assert live.observe("d", {"epoch": 1, "score": 0.02})
 
 
 @pytest.mark.parametrize(("top_k", "share"), [(0, "all"), (2, "half"), (1, "one"), (3, None)])
@@ -497,6 +530,21 @@ def test_crown_unmeasurable_champion_stays_unless_told_otherwise(monkeypatch):
 def test_crown_present_ensemble_is_not_measured_again(monkeypatch):
     found, verdict = crowned(monkeypatch, version(9), AssertionError("measured"), 0.9)
     assert found == "9" and not verdict.moved and "already" in verdict.told
+
+
+def test_best_trial_is_told_beside_the_base_recipe(tmp_path):
+    folder = Folder(str(tmp_path))
+    base, other = (replace(begun(number), digest=name, state="complete") for number, name in enumerate(("base", "other")))
+    folder.write_json("trials/base/result.json", {"metrics": {"val/recall@3": 0.7, "test/recall@3": 0.65, "val/loss": 1.0}})
+    folder.write_json("trials/other/result.json", {"metrics": {"val/recall@3": 0.75, "test/recall@3": 0.6, "val/loss": 2.0}})
+    assert search_report.beside_the_base_recipe(folder, base, other, MAX) == (
+        "best trial (1) against the base recipe (trial 0): val/recall@3 0.7500 against 0.7000, test/recall@3 0.6000 against 0.6500"
+    )
+    assert search_report.beside_the_base_recipe(folder, base, base, MAX) == "no trial was better than the base recipe (trial 0)"
+    assert "trial 0) is failed" in search_report.beside_the_base_recipe(folder, replace(base, state="failed"), other, MAX)
+    # Without a test split there is nothing to tell of it.
+    folder.write_json("trials/other/result.json", {"metrics": {"val/recall@3": 0.75}})
+    assert search_report.beside_the_base_recipe(folder, base, other, MAX).endswith("val/recall@3 0.7500 against 0.7000")
 
 
 # --- table and page -------------------------------------------------------------------------------------------------------------------------
