@@ -26,3 +26,14 @@ def _bounds(points):
             if value > high[axis] or value != value:
                 high[axis] = value
     return low, high
+
+
+@njit(cache=True, nogil=True)
+@no_type_check
+def moved_and_scaled(points, shift, scale):
+    """``(points - shift) / scale`` of float64 [n, 3], [3] and a number: the same bits, without numpy's loop over rows of three."""
+    found = np.empty_like(points)
+    for i in range(len(points)):
+        for axis in range(3):
+            found[i, axis] = (points[i, axis] - shift[axis]) / scale
+    return found

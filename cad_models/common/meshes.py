@@ -142,21 +142,20 @@ def _resolution_warnings(vertices: np.ndarray, half_extent: float) -> list[str]:
 
 def _in_unit_box(vertices: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     """Vertices moved into [-1, 1]^3 about the middle of their bounding box, the middle, and half of the longest side (0: one point)."""
-    from cad_models.common.bounds import bounds  # late: --help needs this module, not its compiler
+    from cad_models.common.bounds import bounds, moved_and_scaled  # late: --help needs this module, not its compiler
 
     low, high = bounds(vertices)
     middle = low / 2 + high / 2  # halves first: low + high may overflow
     half_extent = float((high / 2 - low / 2).max())
     if half_extent == 0:
         return np.zeros_like(vertices), middle, 0.0
-    with np.errstate(under="ignore"):
-        # Two steps: the reciprocal of a subnormal overflows, and so may the square of anything beyond 1e154.
-        return (vertices - middle) / half_extent, middle, half_extent
+    # A division: the reciprocal of a subnormal overflows, and so may the square of anything beyond 1e154.
+    return moved_and_scaled(vertices, middle, half_extent), middle, half_extent
 
 
 def _cross_products(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
     """Normals with twice the faces' areas as their lengths, float64 [n, 3]."""
-    a, b, c = (vertices[faces[:, corner]] for corner in range(3))
+    a, b, c = (vertices.take(faces[:, corner], axis=0) for corner in range(3))
     return np.cross(b - a, c - a)
 
 
@@ -170,7 +169,7 @@ def _has_area(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
     has_area = np.empty(len(faces), bool)
     for start in range(0, len(faces), _CHUNK):
         chunk = faces[start : start + _CHUNK]
-        a, b, c = (vertices[chunk[:, corner]] for corner in range(3))
+        a, b, c = (vertices.take(chunk[:, corner], axis=0) for corner in range(3))
         edges = np.stack([b - a, c - b, a - c])
         longest = np.einsum("exi,exi->ex", edges, edges).max(axis=0)
         double_area = _lengths(np.cross(edges[0], edges[2]))
@@ -183,7 +182,7 @@ def _area_and_centroid(vertices: np.ndarray, faces: np.ndarray) -> tuple[float, 
     area, moment = 0.0, np.zeros(3)
     for start in range(0, len(faces), _CHUNK):
         chunk = faces[start : start + _CHUNK]
-        a, b, c = (vertices[chunk[:, corner]] for corner in range(3))
+        a, b, c = (vertices.take(chunk[:, corner], axis=0) for corner in range(3))
         areas = _lengths(np.cross(b - a, c - a)) / 2  # corners are needed below too
         centres = (a + b + c) / 3
         area += float(areas.sum())
@@ -196,9 +195,11 @@ def normalized(mesh: Mesh) -> Mesh:
 
     The centroid is that of the surface, weighted by area: the mean of points sampled evenly on it, by which point clouds are centred.
     """
+    from cad_models.common.bounds import moved_and_scaled
+
     unit, _, _ = _in_unit_box(mesh.vertices)
     _, centroid = _area_and_centroid(unit, mesh.faces)
-    centred = unit - centroid
+    centred = moved_and_scaled(unit, centroid, 1.0)
     radius = np.sqrt(np.einsum("vi,vi->v", centred, centred).max())
     return Mesh(centred / radius, mesh.faces, mesh.warnings, mesh.degenerate_faces)
 

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 from numba import njit
 
-from cad_models.common.bounds import bounds
+from cad_models.common.bounds import bounds, moved_and_scaled
 from cad_models.common.meshes import Mesh
 from cad_models.common.point_blocks import cut_into_blocks, farthest_in_blocks
 
@@ -79,7 +79,7 @@ def sample_surface(mesh: Mesh, num_points: int, seed: int) -> tuple[Float32[np.n
     low, high = bounds(mesh.vertices)
     middle = low / 2 + high / 2
     scale = float((high / 2 - low / 2).max())
-    unit = (mesh.vertices - middle) / scale  # lengths near 1, so that areas neither overflow nor vanish
+    unit = moved_and_scaled(mesh.vertices, middle, scale)  # lengths near 1, so that areas neither overflow nor vanish
     points, normals = np.empty((num_points, 3), np.float32), np.empty((num_points, 3), np.float32)
     _sample(unit, mesh.faces, np.random.default_rng(seed).random((num_points, 3)), scale, middle, points, normals)
     return points, normals

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Integer, UInt8
 
-from cad_models.common.bounds import bounds
+from cad_models.common.bounds import bounds, moved_and_scaled
 from cad_models.common.cameras import Camera, query_cameras, ring_cameras
 from cad_models.common.rasterizer import compute_corner_normals, draw_views, weld_points
 
@@ -90,7 +90,7 @@ def _normalised(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np
     # Scaled by the largest coordinate first, so that squares neither overflow nor vanish.
     points *= 0.5
     lowest, highest = bounds(points)
-    points -= 0.5 * (lowest + highest)
+    points = moved_and_scaled(points, 0.5 * (lowest + highest), 1.0)
     largest = np.abs(points).max()
     if not largest > 0.0:
         raise ValueError("all vertices lie at one point: the mesh has no extent")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cad_models.common.bounds import bounds
+from cad_models.common.bounds import bounds, moved_and_scaled
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -29,3 +29,13 @@ def test_bounds_nan_stays_nan_as_in_numpy(row):
 def test_bounds_of_nothing_is_refused():
     with pytest.raises(ValueError, match=r"shape \(0, 3\) has no bounding box"):
         bounds(np.zeros((0, 3)))
+
+
+def test_moved_and_scaled_has_the_bits_of_numpy():
+    generator = np.random.default_rng(5)
+    for size in (1e-320, 1e-160, 1.0, 1e160, 1e300):  # subnormal to nearly too large
+        points = generator.normal(size=(200, 3)) * size
+        shift = points.mean(axis=0)
+        for scale in (size, 3 * size, 7.3):
+            with np.errstate(under="ignore"):
+                np.testing.assert_array_equal(moved_and_scaled(points, shift, scale), (points - shift) / scale)
