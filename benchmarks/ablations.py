@@ -299,7 +299,7 @@ def main() -> None:
         of_row, of_runs = measured(bench, row, flags.seeds)
         sides, runs = sides | of_row, runs | of_runs
     sides |= chosen_on_validation(runs)
-    others = (next(iter(sides)), flags.rows[0], list(sides)[-1])
+    others = (next(iter(sides)), flags.rows[0], list(sides)[-1])  # the rival, the first row, the greedy ensemble's best member
     seconds = {
         row: [json.loads((Path(flags.output) / f"runs/{row}-{seed}/seconds.json").read_text())["cpu_s"] for seed in flags.seeds] for row in flags.rows
     }

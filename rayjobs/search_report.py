@@ -108,9 +108,13 @@ def beside_the_base_recipe(folder: Folder, base: Trial, best: Trial, score: Scor
         return f"the base recipe (trial {base.number}) is {base.state}: nothing to compare the best trial with"
     if best.number == base.number:
         return f"no trial was better than the base recipe (trial {base.number})"
-    ours, theirs = (folder.read_json(f"trials/{trial.digest}/result.json")["metrics"] for trial in (best, base))
-    names = [name for name in (score.name, score.name.replace("val/", "test/", 1)) if name in ours and name in theirs]
-    told = ", ".join(f"{name} {ours[name]:.4f} against {theirs[name]:.4f}" for name in names)
+    figures = {score.name: (best.score, base.score)}
+    results = [f"trials/{trial.digest}/result.json" for trial in (best, base)]
+    if all(folder.exists(result) for result in results):  # people delete the folders of trials that are nobody's members
+        ours, theirs = (folder.read_json(result)["metrics"] for result in results)
+        test = score.name.replace("val/", "test/", 1)
+        figures |= {test: (ours[test], theirs[test])} if test in ours and test in theirs else {}
+    told = ", ".join(f"{name} {value:.4f} against {other:.4f}" for name, (value, other) in figures.items())
     return f"best trial ({best.number}) against the base recipe (trial {base.number}): {told}"
 
 

@@ -534,16 +534,19 @@ def test_crown_present_ensemble_is_not_measured_again(monkeypatch):
 
 def test_best_trial_is_told_beside_the_base_recipe(tmp_path):
     folder = Folder(str(tmp_path))
-    base, other = (replace(begun(number), digest=name, state="complete") for number, name in enumerate(("base", "other")))
-    folder.write_json("trials/base/result.json", {"metrics": {"val/recall@3": 0.7, "test/recall@3": 0.65, "val/loss": 1.0}})
-    folder.write_json("trials/other/result.json", {"metrics": {"val/recall@3": 0.75, "test/recall@3": 0.6, "val/loss": 2.0}})
+    base, other = (begun(number, state="complete", score=value) for number, value in enumerate((0.7, 0.75)))
+    folder.write_json("trials/d0/result.json", {"metrics": {"val/recall@3": 0.7, "test/recall@3": 0.65, "val/loss": 1.0}})
+    folder.write_json("trials/d1/result.json", {"metrics": {"val/recall@3": 0.75, "test/recall@3": 0.6, "val/loss": 2.0}})
     assert search_report.beside_the_base_recipe(folder, base, other, MAX) == (
         "best trial (1) against the base recipe (trial 0): val/recall@3 0.7500 against 0.7000, test/recall@3 0.6000 against 0.6500"
     )
     assert search_report.beside_the_base_recipe(folder, base, base, MAX) == "no trial was better than the base recipe (trial 0)"
     assert "trial 0) is failed" in search_report.beside_the_base_recipe(folder, replace(base, state="failed"), other, MAX)
-    # Without a test split there is nothing to tell of it.
-    folder.write_json("trials/other/result.json", {"metrics": {"val/recall@3": 0.75}})
+    # Without a test split, or the base recipe's folder, there is nothing to tell of it.
+    folder.write_json("trials/d1/result.json", {"metrics": {"val/recall@3": 0.75}})
+    assert search_report.beside_the_base_recipe(folder, base, other, MAX).endswith("val/recall@3 0.7500 against 0.7000")
+    folder.write_json("trials/d1/result.json", {"metrics": {"val/recall@3": 0.75, "test/recall@3": 0.6}})
+    folder.delete("trials/d0")
     assert search_report.beside_the_base_recipe(folder, base, other, MAX).endswith("val/recall@3 0.7500 against 0.7000")
 
 
